@@ -1,0 +1,191 @@
+"""Every data set by its name: embedded, public, or a folder of the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nas.data.embedded import EMBEDDED
+from nas.data.files import FileImages, Progress, open_files
+from nas.data.folder import read_folder
+from nas.data.splits import (
+    TEST_FRACTION,
+    balanced_subset,
+    duplicate_groups,
+    make_splits,
+    shared_between,
+)
+from nas.data.task import (
+    ImageStore,
+    ImageTask,
+    RawSet,
+    SplitName,
+    TensorImages,
+    channel_statistics,
+    task_digest,
+)
+from nas.data.torchvision_sets import PUBLIC, read_public
+from nas.errors import ConfigurationError, DataError, UnknownNameError
+from nas.observer import Observer
+from nas.randomness import generator
+
+FOLDER_PREFIX = "folder:"
+DATA_SETS: dict[str, str] = {
+    **{name: row.description for name, row in EMBEDDED.items()},
+    **{name: row.description for name, row in PUBLIC.items()},
+    f"{FOLDER_PREFIX}PATH": "images of your own: one folder a class, below train/, val/ and test/ "
+    "if you have cut them",
+}
+MIN_SIZE, MAX_SIZE = 4, 1024  # pixels a side
+STATISTICS_IMAGES = 2000  # sample for mean and std of a set that stays in files
+
+
+def load_task(
+    name: str,
+    *,
+    root: Path,
+    image_size: int | None = None,
+    val_fraction: float | None = None,
+    test_fraction: float = TEST_FRACTION,
+    limit: int | None = None,
+    seed: int = 0,
+    download: bool = True,
+    progress: Progress | None = None,
+    observer: Observer | None = None,
+) -> ImageTask:
+    """The data set ``name``, one of DATA_SETS, cut into train, validation and test.
+
+    Args:
+        root: where public sets lie or are downloaded to; embedded sets and folders ignore it.
+        image_size: pixels a side of the square that every image is scaled to cover and cropped
+            to, 4 to 1024. By default embedded and small public sets keep their own size,
+            flowers102 and imagenet take 224, and a folder keeps a common size of up to 64 pixels
+            or else takes the median shortest side (a multiple of 8, at most 224).
+        val_fraction: share of the training images for validation, in (0, 1); by default 0.2, or
+            0.1 where the test split is given. Not used where validation is given too.
+        test_fraction: share of all images for the test split, in (0, 1), where none is given.
+            A public set's official test split is always ours (imagenet: its validation split).
+        limit: keep at most so many images, chosen evenly from the classes, for quick runs.
+            Given splits shrink in proportion.
+        seed: decides ``limit`` and the splits.
+        progress: called with (what, done, total) while files are read.
+        observer: warned if given splits share identical images.
+
+    ``flip`` is stated for each named set; a folder's is true if its images have colour, as grey
+    ones are so often digits, letters or scans that have a handedness.
+
+    Raises UnknownNameError, ConfigurationError for impossible fractions or limits, and DataError
+    for data that is missing, broken or too small.
+    """
+    _check_numbers(image_size, limit)
+    raw = _read(name, root, download)
+    if limit is not None and limit < len(raw.labels):
+        raw = _limited(raw, limit, seed)
+    images = _store(raw, image_size, progress)
+    groups = duplicate_groups(images.fingerprints())
+    splits = make_splits(
+        raw.labels,
+        groups,
+        classes=raw.classes,
+        given=raw.given,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+    )
+    if observer is not None and (shared := shared_between(groups, splits)):
+        observer.on_warning(
+            "shared_images", f"{shared} images of '{name}' also occur in an earlier split"
+        )
+    mean, std = channel_statistics(images, _statistics_sample(images, splits.train))
+    return ImageTask(
+        name=name,
+        description=raw.description,
+        images=images,
+        labels=raw.labels,
+        classes=raw.classes,
+        splits=splits,
+        mean=mean,
+        std=std,
+        flip=images.shape[0] == 3 if raw.flip is None else raw.flip,
+        digest=task_digest(images, raw.labels, raw.classes, splits),
+    )
+
+
+def _check_numbers(image_size: int | None, limit: int | None) -> None:
+    if image_size is not None and not MIN_SIZE <= image_size <= MAX_SIZE:
+        raise DataError(
+            f"image_size is {image_size}: it must lie between {MIN_SIZE} and {MAX_SIZE} pixels"
+        )
+    if limit is not None and limit < 1:
+        raise ConfigurationError(f"limit is {limit}: it must be a positive number of images")
+
+
+def _read(name: str, root: Path, download: bool) -> RawSet:
+    if name.startswith(FOLDER_PREFIX):
+        return read_folder(Path(name.removeprefix(FOLDER_PREFIX)).expanduser())
+    if name in EMBEDDED:
+        row = EMBEDDED[name]
+        return row.read(row.description)
+    if name in PUBLIC:
+        return read_public(name, root, download)
+    raise UnknownNameError("data set", name, DATA_SETS)
+
+
+def _limited(raw: RawSet, limit: int, seed: int) -> RawSet:
+    """``limit`` images at most, the splits it was given shrunk alike, classes kept even."""
+    parts: dict[SplitName | None, Tensor] = (
+        dict(raw.given.items()) if raw.given else {None: torch.arange(len(raw.labels))}
+    )
+    total = sum(len(numbers) for numbers in parts.values())
+    kept: list[Tensor] = []
+    given: dict[SplitName, Tensor] = {}
+    start = 0
+    for split, numbers in parts.items():
+        quota = limit * len(numbers) // total
+        rng = generator(seed, "limit", split or "all")
+        chosen = numbers[balanced_subset(raw.labels[numbers], quota, rng)]
+        kept.append(chosen)
+        if split is not None:
+            given[split] = torch.arange(start, start + len(chosen))
+        start += len(chosen)
+    numbers = torch.cat(kept)
+    images = (
+        raw.images[numbers]
+        if isinstance(raw.images, Tensor)
+        else tuple(raw.images[number] for number in numbers.tolist())
+    )
+    return replace(raw, images=images, labels=raw.labels[numbers], given=given)
+
+
+def _store(raw: RawSet, image_size: int | None, progress: Progress | None) -> ImageStore:
+    size = image_size or raw.image_size
+    if not isinstance(raw.images, Tensor):
+        return open_files(raw.images, image_size=size, stream=raw.stream, progress=progress)
+    return TensorImages(raw.images if size is None else resized(raw.images, size))
+
+
+def resized(pixels: Tensor, size: int) -> Tensor:
+    """uint8 [N, C, H, W] scaled, antialiased, to cover a square of ``size``; centre cropped."""
+    height, width = pixels.shape[2:]
+    if (height, width) == (size, size):
+        return pixels
+    scale = size / min(height, width)
+    covering = (max(size, round(height * scale)), max(size, round(width * scale)))
+    top, left = ((side - size) // 2 for side in covering)
+    chunks = [
+        F.interpolate(chunk.float(), covering, mode="bilinear", antialias=True)
+        [:, :, top : top + size, left : left + size].round().clamp(0, 255).to(torch.uint8)
+        for chunk in pixels.split(1024)
+    ]  # fmt: skip
+    return torch.cat(chunks)
+
+
+def _statistics_sample(images: ImageStore, train: Tensor) -> Tensor:
+    if not isinstance(images, FileImages) or len(train) <= STATISTICS_IMAGES:
+        return train
+    chosen = torch.randperm(len(train), generator=generator(0, "statistics"))[:STATISTICS_IMAGES]
+    return train[chosen.sort().values]

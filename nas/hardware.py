@@ -1,0 +1,43 @@
+"""The device a loop runs on, and what it costs there."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from nas.errors import ConfigurationError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is the first GPU where there is one.
+
+    Raises:
+        ConfigurationError: the name means nothing to PyTorch or the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"unknown device '{name}': use auto, cpu or cuda[:N]") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(f"device '{name}' was asked for, but PyTorch sees no GPU")
+    return device
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager[object]:
+    """bfloat16 autocast where a GPU computes it natively; full precision elsewhere."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,210 @@
+"""The loop that searching and training share: epochs of batches that survive being killed."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nas.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from nas.errors import CheckpointError, NonFiniteLossError
+from nas.observer import BatchEvent, EpochRecord, Observer
+
+CHECKPOINT_SECONDS = 60.0  # a long epoch is saved this often, so that a kill costs a minute
+REPORT_EVERY = 10  # batches between two readings of a GPU's meter: each waits for the device
+
+Item = TypeVar("Item")
+
+
+class Meter:
+    """Running loss and accuracy of an epoch, kept on the device and read only when asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        # loss sum, correct, images: one tensor, so that one copy saves or reads it all
+        self.totals = torch.zeros(3, dtype=torch.float64).to(device)
+
+    def add(self, loss: Tensor, scores: Tensor, labels: Tensor) -> None:
+        """Count a batch of mean ``loss`` and class ``scores`` [B, classes]."""
+        with torch.no_grad():
+            size = labels.numel()
+            self.totals[0] += loss.detach().double() * size
+            self.totals[1] += (scores.argmax(1) == labels).sum()
+            self.totals[2] += size
+
+    @property
+    def images(self) -> float:
+        """Images counted so far."""
+        return float(self.totals[2])
+
+    def read(self, where: str) -> tuple[float, float]:
+        """Mean loss and accuracy (0..1) so far.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite.
+        """
+        loss, correct, images = self.totals.tolist()
+        if images == 0:
+            return math.nan, math.nan
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss is not finite ({where}): a lower learning rate or a tighter gradient "
+                "clip usually mends it"
+            )
+        return loss / images, correct / images
+
+
+class Stopwatch:
+    """Seconds spent, on top of those of the process that a run resumed from."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self.before = before
+        self.started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of this process and of those before it."""
+        return self.before + time.perf_counter() - self.started
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode before comes back."""
+    before = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(before)
+
+
+class ResumableLoop(ABC, Generic[Item]):
+    """Epochs of batches, saved after each epoch and every minute.
+
+    A subclass draws all its randomness from generators named by epoch and batch, so that a loop
+    resumed from its checkpoint ends with the bits of an undisturbed one.
+
+    Attributes:
+        phase: what the loop does, for progress bars.
+        identity: JSON-able values that a checkpoint must share to be resumed from.
+        epoch, batch: the epoch under way and its finished batches; ``steps`` batches an epoch.
+        meter: loss and accuracy of the epoch so far.
+        records: one for each finished epoch.
+    """
+
+    phase: str
+
+    def __init__(
+        self, device: torch.device, epochs: int, steps: int, identity: Mapping[str, Any]
+    ) -> None:
+        self.device = device
+        self.epochs = epochs
+        self.steps = steps
+        self.identity = dict(identity)
+        self.epoch = 0
+        self.batch = 0
+        self.meter = Meter(device)
+        self.watch = Stopwatch()
+        self.epoch_watch = Stopwatch()
+        self.records: list[EpochRecord] = []
+
+    @abstractmethod
+    def batches(self) -> Iterator[Item]:
+        """What the steps of this epoch take, from ``self.batch`` on."""
+
+    @abstractmethod
+    def step(self, item: Item) -> int:
+        """Learn from ``item`` and count it in the meter; returns the number of images."""
+
+    @abstractmethod
+    def summarise(self, observer: Observer) -> dict[str, float]:
+        """The metrics of the epoch that just ended."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that has learnt, for the checkpoint."""
+
+    @abstractmethod
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`tensors` gave."""
+
+    def run_epochs(self, checkpoint: Path | None, observer: Observer) -> None:
+        """Run to the end, from ``checkpoint`` where that file exists.
+
+        Raises:
+            NonFiniteLossError: the loss left the finite numbers; the last checkpoint stays.
+            CheckpointError: the checkpoint is not of this loop, or cannot be written.
+        """
+        if checkpoint is not None and checkpoint.exists():
+            self._restore(load_checkpoint(checkpoint))
+        else:
+            self.watch, self.epoch_watch = Stopwatch(), Stopwatch()
+        while self.epoch < self.epochs:
+            self._run_epoch(checkpoint, observer)
+            record = EpochRecord(self.epoch, self.summarise(observer))
+            self.records.append(record)
+            self.epoch, self.batch = self.epoch + 1, 0
+            self.meter, self.epoch_watch = Meter(self.device), Stopwatch()
+            if checkpoint is not None:
+                save_checkpoint(checkpoint, self._state())
+            observer.on_epoch(record)
+
+    def _run_epoch(self, checkpoint: Path | None, observer: Observer) -> None:
+        since_saved = Stopwatch()
+        for item in self.batches():
+            images = self.step(item)
+            self.batch += 1
+            self._report(images, observer)
+            if checkpoint is not None and since_saved.seconds > CHECKPOINT_SECONDS:
+                save_checkpoint(checkpoint, self._state())
+                since_saved = Stopwatch()
+
+    def _report(self, images: int, observer: Observer) -> None:
+        if self.device.type != "cpu" and self.batch % REPORT_EVERY and self.batch < self.steps:
+            return
+        loss, accuracy = self.meter.read(f"epoch {self.epoch + 1}, batch {self.batch}")
+        observer.on_batch(
+            BatchEvent(
+                phase=self.phase,
+                epoch=self.epoch,
+                epochs=self.epochs,
+                batch=self.batch,
+                batches=self.steps,
+                images=images,
+                loss=loss,
+                accuracy=accuracy,
+            )
+        )
+
+    def _state(self) -> Checkpoint:
+        return Checkpoint(
+            tensors={**self.tensors(), "meter": self.meter.totals},
+            values={
+                "identity": self.identity,
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "seconds": self.watch.seconds,
+                "epoch_seconds": self.epoch_watch.seconds,
+                "records": [dict(record.metrics) for record in self.records],
+            },
+        )
+
+    def _restore(self, state: Checkpoint) -> None:
+        values = state.values
+        if values.get("identity") != self.identity:
+            raise CheckpointError(
+                f"the checkpoint is of another {self.phase}: data, settings or seed differ"
+            )
+        self.load_tensors(state.tensors)
+        self.meter.totals.copy_(state.tensors["meter"])
+        self.epoch, self.batch = values["epoch"], values["batch"]
+        self.watch = Stopwatch(values["seconds"])
+        self.epoch_watch = Stopwatch(values["epoch_seconds"])
+        self.records = [EpochRecord(e, metrics) for e, metrics in enumerate(values["records"])]

@@ -1,0 +1,1 @@
+"""The arithmetic that networks and supernets are made of."""

@@ -1,0 +1,268 @@
+"""The bilevel loop that all differentiable searches share.
+
+Each step gives one batch of either half of the data to the two levels: the architecture
+parameters go down the validation gradient, then the weights go down the training gradient
+(DARTS, algorithm 1). What a method changes is a hook of :class:`nas.search.method.Method`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nas.data import Augmentation, Batch, Batches, ImageTask, halves
+from nas.hardware import mixed_precision, peak_memory_mb
+from nas.loop import Meter, ResumableLoop
+from nas.observer import EpochRecord, Observer
+from nas.optimisation import (
+    copy_tensors,
+    cosine,
+    pack_optimiser,
+    restore_optimiser,
+    set_learning_rate,
+    with_prefix,
+    without_prefix,
+)
+from nas.search.collapse import collapse_metrics
+from nas.search.method import Method, SearchConfig
+from nas.spaces.darts.genotype import Genotype
+from nas.spaces.darts.supernet import Mixing, Supernet
+
+Pair = tuple[Batch, Batch]  # a batch of the training half, one of the validation half
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search leaves behind.
+
+    Attributes:
+        genotype: the discrete cells.
+        supernet: weights, architecture parameters and statistics at the end.
+        records: the metrics of each epoch.
+        mixing_history: mixing weights after each epoch, [epochs, 2, 14, 8].
+        seconds: time spent, including that of earlier, killed processes.
+    """
+
+    genotype: Genotype
+    supernet: Supernet
+    records: Sequence[EpochRecord]
+    mixing_history: Tensor
+    seconds: float
+
+
+class BilevelSearch(ResumableLoop[Pair]):
+    """One search: a supernet, its two optimisers and the two halves of the data.
+
+    A pure function of (task, method, config, seed).
+    """
+
+    phase = "search"
+
+    def __init__(
+        self,
+        task: ImageTask,
+        method: Method,
+        config: SearchConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        workers: int = 0,
+    ) -> None:
+        self.method = method
+        self.config = config
+        self.device = device
+        self.supernet = Supernet(task.shape, config.supernet, seed=seed).to(device)
+        self.weight_optimiser = torch.optim.SGD(
+            [self.supernet.weights],
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.architecture_optimiser = torch.optim.Adam(
+            self.supernet.architecture_parameters(),
+            lr=config.architecture_learning_rate,
+            betas=(0.5, 0.999),
+            weight_decay=config.architecture_weight_decay,
+        )
+        self.mixing_history: list[Tensor] = []
+        self._make_batches(task, seed, workers)
+        super().__init__(
+            device,
+            config.epochs,
+            min(len(self.train_batches), len(self.validation_batches)),
+            {"task": task.digest, "method": method.name, "config": asdict(config), "seed": seed},
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the weights, in this epoch."""
+        config = self.config
+        return cosine(config.learning_rate, config.learning_rate_end, self.epoch, config.epochs)
+
+    def run(self, checkpoint: Path | None = None, observer: Observer | None = None) -> SearchResult:
+        """Search to the end; see :meth:`ResumableLoop.run_epochs`."""
+        self.run_epochs(checkpoint, observer or Observer())
+        mixing = self.method.mixing(self.supernet).detach()
+        return SearchResult(
+            self.supernet.derive(mixing),
+            self.supernet,
+            self.records,
+            torch.stack(self.mixing_history),
+            self.watch.seconds,
+        )
+
+    def loss(
+        self,
+        batch: Batch,
+        mixing: Mixing,
+        weights: Tensor | None = None,
+        *,
+        update_statistics: bool = True,
+    ) -> Tensor:
+        """Mean cross-entropy of ``batch`` under ``mixing``, with ``weights`` if given."""
+        return F.cross_entropy(
+            self._scores(batch, mixing, weights, update_statistics), batch.labels
+        )
+
+    def batches(self) -> Iterator[Pair]:
+        """Pairs of a training and a validation batch."""
+        set_learning_rate(self.weight_optimiser, self.learning_rate)
+        self.supernet.train()
+        return zip(
+            self.train_batches.epoch(self.epoch, self.batch),
+            self.validation_batches.epoch(self.epoch, self.batch),
+            strict=False,
+        )
+
+    def step(self, item: Pair) -> int:
+        """The architecture step, unless it is still frozen, and the weight step."""
+        train, validation = item
+        if self.epoch >= self.config.warmup_epochs:
+            self.architecture_step(train, validation)
+        self.weight_step(train)
+        return train.labels.numel() + validation.labels.numel()
+
+    def architecture_step(self, train: Batch, validation: Batch) -> None:
+        """Move the architecture parameters; no gradient of the weights is asked for."""
+        parameters = self.supernet.architecture_parameters()
+        gradients = self.method.architecture_gradients(self, train, validation)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.architecture_optimiser.step()
+
+    def weight_step(self, train: Batch) -> None:
+        """Move the weights; no gradient of the architecture parameters is asked for."""
+        weights = self.supernet.weights
+        scores = self._scores(train, self.method.weight_mixing(self).detach())
+        loss = F.cross_entropy(scores, train.labels)
+        (weights.grad,) = torch.autograd.grad(loss, [weights])
+        torch.nn.utils.clip_grad_norm_([weights], self.config.gradient_clip)
+        self.weight_optimiser.step()
+        self.meter.add(loss, scores, train.labels)
+
+    def accuracy(self, mixing: Mixing) -> tuple[float, float]:
+        """Loss and accuracy of the supernet under ``mixing`` on the validation half.
+
+        Normalised by the statistics of each batch: the running ones were gathered under other
+        mixing weights, and would measure how stale they are instead of how good the cell is.
+        """
+        meter = Meter(self.device)
+        self.supernet.train()
+        with torch.no_grad():
+            for batch in self.evaluation_batches.epoch():
+                scores = self._scores(batch, mixing, update_statistics=False)
+                meter.add(F.cross_entropy(scores, batch.labels), scores, batch.labels)
+        return meter.read("the supernet on the validation half")
+
+    def _scores(
+        self,
+        batch: Batch,
+        mixing: Mixing,
+        weights: Tensor | None = None,
+        update_statistics: bool = True,
+    ) -> Tensor:
+        with mixed_precision(self.device):
+            scores = self.supernet(
+                batch.images, mixing, weights=weights, update_statistics=update_statistics
+            )
+        return scores.to(self.supernet.weights.dtype)
+
+    def _make_batches(self, task: ImageTask, seed: int, workers: int) -> None:
+        weight_half, architecture_half = halves(task, seed)
+        config = self.config
+        augmentation = Augmentation(
+            crop_padding=config.crop_padding, flip=config.flip and task.flip
+        )
+
+        def batches(indices: Tensor, stream: str, augment: bool) -> Batches:
+            return Batches(
+                task,
+                indices,
+                config.batch_size,
+                seed=seed,
+                stream=stream,
+                device=self.device,
+                augmentation=augmentation if augment else None,
+                shuffle=augment,
+                drop_last=augment,
+                workers=workers,
+            )
+
+        self.train_batches = batches(weight_half, "search/weights", True)
+        self.validation_batches = batches(architecture_half, "search/architecture", True)
+        self.evaluation_batches = batches(architecture_half, "search/evaluation", False)
+
+    def summarise(self, observer: Observer) -> dict[str, float]:
+        """Metrics of the epoch, with the signs of collapse."""
+        training_seconds = self.epoch_watch.seconds
+        loss, accuracy = self.meter.read(f"epoch {self.epoch + 1}")
+        mixing = self.method.mixing(self.supernet).detach()
+        genotype = self.supernet.derive(mixing)
+        validation_loss, validation_accuracy = self.accuracy(mixing)
+        _, discretised = self.accuracy(mixing.discretised(genotype))
+        collapse = collapse_metrics(mixing, genotype)
+        if collapse["skip/normal"] > self.config.skip_limit:
+            observer.on_warning(
+                "collapse",
+                f"the normal cell has {collapse['skip/normal']:.0f} skip connections after epoch "
+                f"{self.epoch + 1}, more than {self.config.skip_limit}: the search may be "
+                "collapsing; fewer epochs or another method may help",
+            )
+        self.mixing_history.append(mixing.operations.cpu())
+        metrics = {
+            "train/loss": loss,
+            "train/accuracy": accuracy,
+            "val/loss": validation_loss,
+            "val/accuracy": validation_accuracy,
+            "discretised/accuracy": discretised,
+            "discretised/gap": validation_accuracy - discretised,
+            **collapse,
+            "lr": self.learning_rate,
+            "images_per_second": 2 * self.meter.images / training_seconds,
+            "epoch_seconds": self.epoch_watch.seconds,
+            "peak_memory_mb": peak_memory_mb(self.device),
+        }
+        self.method.between_epochs(self, self.epoch)
+        return metrics
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Supernet, optimisers and the mixing weights of the epochs so far."""
+        history = self.mixing_history
+        return {
+            **with_prefix("supernet", self.supernet.state_dict()),
+            **pack_optimiser("weight_optimiser", self.weight_optimiser),
+            **pack_optimiser("architecture_optimiser", self.architecture_optimiser),
+            "mixing_history": torch.stack(history) if history else torch.empty(0),
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`tensors` gave."""
+        copy_tensors(self.supernet.state_dict(), without_prefix("supernet", tensors), "this search")
+        restore_optimiser("weight_optimiser", self.weight_optimiser, tensors)
+        restore_optimiser("architecture_optimiser", self.architecture_optimiser, tensors)
+        self.mixing_history = list(tensors["mixing_history"])

@@ -1,0 +1,79 @@
+"""What every search space can do, and what every network of a space is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nas.architecture import Architecture, Skeleton
+
+if TYPE_CHECKING:
+    from nas.data.task import TaskShape
+
+
+class Network(nn.Module):
+    """A concrete network of a space: images [B, channels, height, width] to logits [B, classes].
+
+    Attributes:
+        auxiliary_head: second classifier in the middle of the network, or None. It serves
+            training only and counts neither as parameters nor as multiply-adds.
+        drop_path_probability: chance that training drops a path of an image; the trainer sets it
+            every epoch.
+        drop_path_generator: where the dropped paths are drawn from. Training with a probability
+            above zero needs one.
+    """
+
+    auxiliary_head: nn.Module | None
+    drop_path_probability: float
+    drop_path_generator: torch.Generator | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary_head = None
+        self.drop_path_probability = 0.0
+        self.drop_path_generator = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes]; the auxiliary head does not run."""
+        raise NotImplementedError
+
+    def forward_with_auxiliary(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits and auxiliary logits, both [B, classes]; None where there is no head."""
+        raise NotImplementedError
+
+
+class Space(Protocol):
+    """A set of architectures, described by named decisions with a fixed list of choices each."""
+
+    @property
+    def name(self) -> str:
+        """The key of the space in ``nas.spaces.SPACES``."""
+
+    def decisions(self) -> dict[str, tuple[str, ...]]:
+        """Every decision's name and choices; any combination is a valid architecture."""
+
+    def architecture(self, decisions: Mapping[str, str], skeleton: Skeleton) -> Architecture:
+        """The architecture of those decisions.
+
+        Raises:
+            ArchitectureError: a decision is missing, unknown, or not one of the choices, or the
+                space cannot build that skeleton.
+        """
+
+    def meta_network(
+        self, architecture: Architecture, shape: TaskShape, *, auxiliary: bool
+    ) -> Network:
+        """The network on the meta device: it can be counted, and takes no memory."""
+
+    def network(
+        self,
+        architecture: Architecture,
+        shape: TaskShape,
+        *,
+        auxiliary: bool,
+        generator: torch.Generator,
+    ) -> Network:
+        """The network with weights drawn from ``generator``, on the generator's device."""

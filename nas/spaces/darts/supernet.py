@@ -1,0 +1,239 @@
+"""The weight-sharing supernet of the DARTS space, with every weight in one flat vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nas.errors import ConfigurationError
+from nas.ops.mixed import EDGES, NODES, OPERATIONS, CellPlan, Normaliser, mixed_cell
+from nas.ops.packing import Packing
+from nas.randomness import generator
+from nas.spaces.darts.genotype import Genotype, derive
+
+if TYPE_CHECKING:
+    from nas.data import TaskShape
+
+NORMAL, REDUCE = range(2)
+STEM_MULTIPLIER = 3
+
+
+@dataclass(frozen=True)
+class SupernetConfig:
+    """The size of a supernet.
+
+    Attributes:
+        channels: initial channels C (the paper's 16).
+        cells: number of cells L (the paper's 8); reductions at L // 3 and 2 L // 3.
+        partial: K of PC-DARTS: only C / K channels go through the mixed operation. 1 is DARTS.
+        edge_normalisation: one beta per edge beside the alphas (PC-DARTS, section 3.3).
+    """
+
+    channels: int = 16
+    cells: int = 8
+    partial: int = 1
+    edge_normalisation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.channels < 1 or self.cells < 1 or self.partial < 1:
+            raise ConfigurationError(
+                "a supernet needs channels, cells and partial channels of at least 1, not "
+                f"{self.channels}, {self.cells} and {self.partial}"
+            )
+        if self.channels % self.partial:
+            raise ConfigurationError(
+                f"partial channels need channels divisible by K: {self.channels} is not "
+                f"divisible by {self.partial}"
+            )
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How strongly each operation of each edge counts in a forward pass.
+
+    Attributes:
+        operations: [2, 14, 8], normal and reduction cells, edges, operations.
+        edges: [2, 14] edge weights, or None where a node is the plain sum of its edges.
+        active: [2, 14, 8] booleans on the CPU: what is False costs nothing. None: everything.
+    """
+
+    operations: Tensor
+    edges: Tensor | None = None
+    active: Tensor | None = None
+
+    def detach(self) -> Mixing:
+        """The same weights, cut off from the architecture parameters."""
+        edges = None if self.edges is None else self.edges.detach()
+        return Mixing(self.operations.detach(), edges, self.active)
+
+    def discretised(self, genotype: Genotype) -> Mixing:
+        """Only the genotype's operations, each with weight 1; edge weights as they are."""
+        chosen = torch.zeros(self.operations.shape, dtype=torch.bool)
+        for cell, genes in enumerate((genotype.normal, genotype.reduce)):
+            for position, gene in enumerate(genes):
+                edge = EDGES.index((gene.source, 2 + position // 2))
+                chosen[cell, edge, OPERATIONS.index(gene.operation)] = True
+        return Mixing(chosen.to(self.operations), self.edges, chosen)
+
+
+class Supernet(nn.Module):
+    """Every network of the DARTS space at once.
+
+    ``weights`` is one flat parameter, ``alphas`` [2, 14, 8] (and ``betas`` [2, 14] with edge
+    normalisation) are the architecture parameters; running statistics are flat buffers. The
+    normalisations keep no count of batches: with a fixed momentum nothing reads it.
+    """
+
+    running_mean: Tensor
+    running_variance: Tensor
+
+    def __init__(self, shape: TaskShape, config: SupernetConfig, *, seed: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.config = config
+        self.plans = _plan_cells(config)
+        out = 4 * self.plans[-1].channels
+        stem = STEM_MULTIPLIER * config.channels
+        self.stem = Packing(
+            {"filters": (3, 3, shape.channels, stem), "scale": (stem,), "shift": (stem,)}
+        )
+        self.stem_statistics = Packing({"stem": (stem,)})
+        self.classifier = Packing({"matrix": (out, shape.classes), "bias": (shape.classes,)})
+
+        self.weights = nn.Parameter(self._initial_weights(generator(seed, "supernet", "weights")))
+        draw = generator(seed, "supernet", "architecture")
+        self.alphas = nn.Parameter(1e-3 * torch.randn(2, len(EDGES), 8, generator=draw))
+        self.betas = (
+            nn.Parameter(1e-3 * torch.randn(2, len(EDGES), generator=draw))
+            if config.edge_normalisation
+            else None
+        )
+        statistics = sum(packing.size for packing in self._statistics_packings())
+        self.register_buffer("running_mean", torch.zeros(statistics))
+        self.register_buffer("running_variance", torch.ones(statistics))
+
+    @property
+    def incoming(self) -> list[int]:
+        """Number of edges that enter each node, in the order of the edges."""
+        return [sum(target == node for _, target in EDGES) for node in range(2, 2 + NODES)]
+
+    def derive(self, mixing: Mixing) -> Genotype:
+        """The discrete cells that ``mixing`` stands for (DARTS, section 2.4)."""
+        return derive(mixing.operations.detach(), mixing.edges)
+
+    def architecture_parameters(self) -> list[nn.Parameter]:
+        """The alphas and, where there are any, the betas."""
+        return [self.alphas] if self.betas is None else [self.alphas, self.betas]
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each weight tensor under its own name ("cells.3.pointwise"), as a view."""
+        for prefix, packing, piece in self._pieces(self.weights):
+            for name, view in packing.unpack(piece).items():
+                yield f"{prefix}.{name}", view
+
+    def forward(
+        self,
+        images: Tensor,
+        mixing: Mixing,
+        *,
+        weights: Tensor | None = None,
+        update_statistics: bool = True,
+    ) -> Tensor:
+        """Class scores [N, classes] of ``images`` [N, channels, H, W].
+
+        ``weights`` puts another vector in the place of the supernet's own (the unrolled twin of
+        second-order DARTS); ``update_statistics=False`` then leaves the running statistics.
+        """
+        flat = self.weights if weights is None else weights
+        pieces = [packing.unpack(piece) for _, packing, piece in self._pieces(flat)]
+        norms = self._normalisers(update_statistics)
+        stem = pieces[0]
+        x = F.conv2d(
+            images.contiguous(memory_format=torch.channels_last),
+            stem["filters"].permute(3, 2, 0, 1),
+            padding=1,
+        )
+        x = norms[0](x, "stem", weight=stem["scale"], bias=stem["shift"])
+        before, previous = x, x
+        for plan, cell, norm in zip(self.plans, pieces[1:-1], norms[1:], strict=True):
+            kind = REDUCE if plan.reduction else NORMAL
+            output = mixed_cell(
+                plan,
+                before,
+                previous,
+                cell,
+                norm,
+                mixing.operations[kind],
+                None if mixing.edges is None else mixing.edges[kind],
+                None if mixing.active is None else mixing.active[kind],
+            )
+            before, previous = previous, output
+        return previous.mean((2, 3)) @ pieces[-1]["matrix"] + pieces[-1]["bias"]
+
+    def _weight_packings(self) -> list[tuple[str, Packing]]:
+        cells = [(f"cells.{index}", plan.weights) for index, plan in enumerate(self.plans)]
+        return [("stem", self.stem), *cells, ("classifier", self.classifier)]
+
+    def _statistics_packings(self) -> list[Packing]:
+        return [self.stem_statistics, *(plan.statistics for plan in self.plans)]
+
+    def _pieces(self, flat: Tensor) -> list[tuple[str, Packing, Tensor]]:
+        packings = self._weight_packings()
+        pieces = flat.split([packing.size for _, packing in packings])
+        return [
+            (name, packing, piece) for (name, packing), piece in zip(packings, pieces, strict=True)
+        ]
+
+    def _normalisers(self, update: bool) -> list[Normaliser]:
+        packings = self._statistics_packings()
+        sizes = [packing.size for packing in packings]
+        means, variances = self.running_mean.split(sizes), self.running_variance.split(sizes)
+        return [
+            Normaliser(packing.unpack(mean), packing.unpack(variance), self.training, update)
+            for packing, mean, variance in zip(packings, means, variances, strict=True)
+        ]
+
+    def _initial_weights(self, draw: torch.Generator) -> Tensor:
+        """PyTorch's default initialisation: uniform within 1 / sqrt(fan-in)."""
+        pieces = []
+        for _, packing in self._weight_packings():
+            for name, shape in packing.shapes.items():
+                if name in ("scale", "shift"):
+                    value = torch.full(shape, float(name == "scale"))
+                else:
+                    bound = 1 / math.sqrt(_fan_in(name, shape, self.classifier))
+                    value = torch.empty(shape).uniform_(-bound, bound, generator=draw)
+                pieces.append(value.flatten())
+        return torch.cat(pieces)
+
+
+def _fan_in(name: str, shape: tuple[int, ...], classifier: Packing) -> int:
+    """Inputs that one output sums over, by what the tensor is."""
+    if name == "filters":
+        return math.prod(shape[:3])
+    if name.startswith("depthwise"):
+        return shape[2] * shape[3]
+    if name == "bias":
+        return classifier.shapes["matrix"][0]
+    return shape[-2]  # matrices [..., in, out]
+
+
+def _plan_cells(config: SupernetConfig) -> list[CellPlan]:
+    reductions = {config.cells // 3, 2 * config.cells // 3}
+    before = previous = STEM_MULTIPLIER * config.channels
+    channels, previous_reduction = config.channels, False
+    plans = []
+    for index in range(config.cells):
+        reduction = index in reductions
+        channels *= 2 if reduction else 1
+        plans.append(
+            CellPlan(before, previous, channels, config.partial, reduction, previous_reduction)
+        )
+        before, previous, previous_reduction = previous, 4 * channels, reduction
+    return plans

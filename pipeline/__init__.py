@@ -1,0 +1,1 @@
+"""What a user runs: one module per MLproject entry point, tracked by MLflow."""

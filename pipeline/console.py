@@ -1,0 +1,291 @@
+"""What a person sees while a job runs and when it ends."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from nas.observer import BatchEvent, EpochRecord, Observer
+from nas.statistics import Interval
+
+CONSOLE = Console(highlight=False)  # one for all, so that lines go above a running bar
+
+_QUIET_SECONDS = 30  # without a terminal, a long epoch shows a line this often
+
+
+def say(message: str, console: Console = CONSOLE) -> None:
+    """One status line, never cut or wrapped by us."""
+    console.print(message, markup=False, soft_wrap=True)
+
+
+def complain(message: str) -> None:
+    """One line on stderr, in red on a terminal."""
+    Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def human_count(value: float) -> str:
+    """Three significant digits and a unit: 3349342 is "3.35 M"; ``value`` is at least 0."""
+    units = ["", " k", " M", " G", " T"]
+    # 999.5 would be written 1000, which belongs to the next unit
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    decimals = 0 if units[0] == "" or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{decimals}f}{units[0]}"
+
+
+def human_seconds(seconds: float) -> str:
+    """The two largest units: 75 is "1 min 15 s"; tenths below ten seconds."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+class Observers(Observer):
+    """Forwards each event to several observers, in the order given."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def on_batch(self, event: BatchEvent) -> None:
+        for observer in self._observers:
+            observer.on_batch(event)
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        for observer in self._observers:
+            observer.on_epoch(record)
+
+    def on_warning(self, tag: str, message: str) -> None:
+        for observer in self._observers:
+            observer.on_warning(tag, message)
+
+
+class _Loop:
+    """Rate and time left of one loop, measured from the first event that was seen.
+
+    A resumed loop enters with epochs done; they count as done, but not as speed.
+    """
+
+    def __init__(self, event: BatchEvent, now: float) -> None:
+        self._started, self._done_before, self._images = now, _batches_done(event), 0
+        self.event, self._now = event, now
+
+    def update(self, event: BatchEvent, now: float) -> None:
+        self._images += event.images
+        self.event, self._now = event, now
+
+    @property
+    def rate(self) -> float | None:
+        """Images a second; None until it can be known."""
+        elapsed = self._now - self._started
+        return self._images / elapsed if elapsed > 0 else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of all epochs together; None until it can be known."""
+        done = _batches_done(self.event)
+        if done <= self._done_before:
+            return None
+        seconds_per_batch = (self._now - self._started) / (done - self._done_before)
+        return seconds_per_batch * (self.event.epochs * self.event.batches - done)
+
+    def figures(self) -> list[str]:
+        """Loss, accuracy, rate and time left in words; without those not known yet."""
+        rate, left = self.rate, self.seconds_left
+        figures = [f"loss {self.event.loss:.3f}", f"accuracy {self.event.accuracy:.1%}"]
+        if rate is not None:
+            figures.append(f"{rate:.0f} images/s")
+        if left:
+            figures.append(f"{human_seconds(left)} left")
+        return figures
+
+
+class ProgressObserver(Observer):
+    """A progress bar on a terminal, a plain line per epoch elsewhere.
+
+    Both tell rate, loss, accuracy, and the time left for all epochs of the loop together. Use it
+    as a context manager, so that the bar is gone from the terminal when an error is shown.
+
+    Args:
+        description: what is under way, e.g. "search on mnist5k"; stands above the bar, and at
+            the start of each line.
+        console: where to; its kind decides between bar and lines.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        console: Console = CONSOLE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._description, self._console, self._clock = description, console, clock
+        self._loops: dict[str, _Loop] = {}  # by phase
+        self._training: _Loop | None = None  # the loop whose epochs are told
+        self._last_line = clock()
+        self._warned: set[str] = set()
+        self._bar = _make_bar(console) if console.is_interactive else None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> ProgressObserver:
+        if self._bar:
+            say(self._description, self._console)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def on_batch(self, event: BatchEvent) -> None:
+        now = self._clock()
+        loop = self._loops.get(event.phase)
+        if loop is None:
+            loop = self._loops[event.phase] = _Loop(event, now)
+        else:
+            loop.update(event, now)
+        if event.phase != "evaluate":
+            self._training = loop
+        if self._bar:
+            self._move_bar(self._bar, loop)
+        elif now - self._last_line >= _QUIET_SECONDS:
+            self._print_line(loop, f"batch {event.batch}/{event.batches}")
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        if self._bar is None and self._training is not None:
+            validation = record.metrics.get("val/accuracy")
+            more = [] if validation is None else [f"validation {validation:.1%}"]
+            self._print_line(self._training, *more)
+
+    def on_warning(self, tag: str, message: str) -> None:
+        if tag not in self._warned:
+            self._warned.add(tag)
+            text = f"warning: {message}"
+            self._console.print(text, style="yellow", markup=False, soft_wrap=True)
+
+    def _move_bar(self, bar: Progress, loop: _Loop) -> None:
+        event = loop.event
+        if event.phase not in self._tasks:
+            self._tasks[event.phase] = bar.add_task("")
+        bar.update(
+            self._tasks[event.phase],
+            total=event.epochs * event.batches,
+            completed=_batches_done(event),
+            description=" ".join([_epoch(event), *loop.figures()]),
+        )
+
+    def _print_line(self, loop: _Loop, *more: str) -> None:
+        figures = ", ".join([_epoch(loop.event), *more, *loop.figures()])
+        say(f"{time.strftime('%H:%M:%S')} {self._description}: {figures}", self._console)
+        self._last_line = self._clock()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a job came to. Accuracies are of the target's test split, 0..1.
+
+    Attributes:
+        architecture: what was trained: how it was found, or what it is called.
+        accuracy: of that network over seeds.
+        random_accuracy: of as many random networks under the same recipe.
+        improvement: of the first over the second, in percent.
+        linear_accuracy: of a linear model on the target.
+        macs: multiply-adds of convolutions and fully connected layers for one image.
+        ui_command: opens the MLflow UI on this store.
+        source: the data set of the search, None where nothing was searched.
+        linear_source_accuracy: of a linear model on the source's validation split.
+        search_seconds: what the search on the source cost, also where it was reused.
+    """
+
+    target: str
+    architecture: str
+    accuracy: Interval
+    random_accuracy: Interval
+    improvement: Interval
+    linear_accuracy: float
+    parameters: int
+    macs: int
+    model_name: str
+    model_version: str
+    model_alias: str
+    ui_command: str
+    source: str | None = None
+    linear_source_accuracy: float | None = None
+    search_seconds: float | None = None
+
+
+def print_summary(summary: Summary, console: Console = CONSOLE) -> None:
+    """The small table that ends a job; long values fold, nothing is cut."""
+    table = Table(box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in _summary_rows(summary):
+        table.add_row(label, value)
+    console.print(table, markup=False)
+    say(f"open the MLflow UI: {summary.ui_command}", console)
+
+
+def _summary_rows(summary: Summary) -> list[tuple[str, str]]:
+    gain = summary.improvement
+    rows = [
+        ("target", f"{summary.target} (linear model {summary.linear_accuracy:.2%})"),
+        ("architecture", summary.architecture),
+        ("test accuracy", _accuracy(summary.accuracy)),
+        ("random baseline", _accuracy(summary.random_accuracy)),
+        ("relative improvement", f"{gain.mean:+.2f}% {_bounds(gain.low, gain.high, '+.2f')}"),
+        ("parameters", human_count(summary.parameters)),
+        ("multiply-adds", human_count(summary.macs)),
+        (
+            "registered model",
+            f"{summary.model_name} version {summary.model_version} ({summary.model_alias})",
+        ),
+    ]
+    if summary.search_seconds is not None:
+        rows.insert(-1, ("search time", human_seconds(summary.search_seconds)))
+    if summary.source is not None:
+        linear = summary.linear_source_accuracy
+        beside = "" if linear is None else f" (linear model {linear:.2%}, validation)"
+        rows.insert(0, ("source", f"{summary.source}{beside}"))
+    return rows
+
+
+def _accuracy(interval: Interval) -> str:
+    bounds = _bounds(100 * interval.low, 100 * interval.high, ".2f")
+    return f"{interval.mean:.2%} {bounds}, n = {interval.n}"
+
+
+def _bounds(low: float, high: float, form: str) -> str:
+    if math.isnan(low):
+        return "(one training: no interval)"
+    return f"(95% interval {low:{form}} to {high:{form}}%)"
+
+
+def _batches_done(event: BatchEvent) -> int:
+    return event.epoch * event.batches + event.batch
+
+
+def _epoch(event: BatchEvent) -> str:
+    word = "evaluate" if event.phase == "evaluate" else "epoch"
+    return f"{word} {event.epoch + 1}/{event.epochs}"
+
+
+def _make_bar(console: Console) -> Progress:
+    status = TextColumn("{task.description}", markup=False)
+    return Progress(BarColumn(bar_width=None), status, console=console, expand=True)

@@ -1,0 +1,21 @@
+"""Every picture of the project.
+
+Each function draws one figure 10 inches wide that stays readable at 800 pixels. The figures
+belong to no window and no global list of figures: they are freed like any other value.
+"""
+
+from __future__ import annotations
+
+from pipeline.figures.cells import draw_cells
+from pipeline.figures.curves import draw_alphas, draw_learning_curves, draw_search_curves
+from pipeline.figures.results import NetworkAccuracies, draw_comparison, draw_confusion
+
+__all__ = [
+    "NetworkAccuracies",
+    "draw_alphas",
+    "draw_cells",
+    "draw_comparison",
+    "draw_confusion",
+    "draw_learning_curves",
+    "draw_search_curves",
+]

@@ -1,0 +1,120 @@
+"""What all entry points share: the run they log to, the machine they use, the data they load."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nas.data import ImageTask, load_task
+from nas.hardware import pick_device
+from nas.observer import EpochRecord, Observer
+from pipeline.console import Observers, ProgressObserver, say
+from pipeline.settings import DataSettings
+from pipeline.steps import home
+from pipeline.tracking import RunLog, Tracker, connect
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a job runs; nothing here changes its result.
+
+    Attributes:
+        device: "auto", "cpu" or "cuda[:N]".
+        workers: processes that decode the images of a set too large for memory.
+        data: folder of downloaded data sets; None is a folder of the user's cache.
+        fresh: never reuse a finished step or go on with a killed one.
+    """
+
+    device: str = "auto"
+    workers: int = 0
+    data: Path | None = None
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of an entry point."""
+
+    log: RunLog
+    machine: Machine
+    device: torch.device
+
+    def load(self, settings: DataSettings) -> ImageTask:
+        """Load a data set and say what it is."""
+        name = settings.name
+        task = load_task(
+            name,
+            root=self.machine.data or home() / "data",
+            image_size=settings.image_size,
+            limit=settings.limit,
+            observer=RunObserver(self.log),
+        )
+        shape, splits = task.shape, task.splits
+        say(
+            f"{name}: {len(task.labels):,} images of {shape.height}x{shape.width}x"
+            f"{shape.channels}, {shape.classes} classes, train/val/test {len(splits.train):,}/"
+            f"{len(splits.val):,}/{len(splits.test):,}"
+        )
+        return task
+
+
+@contextmanager
+def open_job(
+    name: str, machine: Machine, params: Mapping[str, Any], tags: Mapping[str, Any]
+) -> Iterator[Job]:
+    """Open the parent run of an entry point.
+
+    Raises:
+        ConfigurationError: the device is not there.
+        TrackingError: the tracking store cannot be used.
+    """
+    device = pick_device(machine.device)
+    with connect().open_run(name, tags=tags) as log:
+        log.log_params(params)
+        yield Job(log, machine, device)
+
+
+class RunObserver(Observer):
+    """Logs every epoch, and every warning as a tag of the run."""
+
+    def __init__(self, log: RunLog) -> None:
+        self.log = log
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        self.log.log_metrics(record.metrics, step=record.epoch)
+
+    def on_warning(self, tag: str, message: str) -> None:
+        self.log.set_tags({f"warning.{tag}": message})
+
+
+@contextmanager
+def watched(title: str, log: RunLog) -> Iterator[Observer]:
+    """An observer that shows progress and logs to ``log``."""
+    with ProgressObserver(title) as progress:
+        yield Observers(RunObserver(log), progress)
+
+
+def flat(prefix: str, config: Any) -> dict[str, Any]:
+    """The fields of a dataclass as parameters: "<prefix>.<field>", nested ones in dots."""
+    values: dict[str, Any] = {}
+    for name, value in (config if isinstance(config, dict) else asdict(config)).items():
+        if isinstance(value, dict):
+            values |= flat(f"{prefix}.{name}", value)
+        else:
+            values[f"{prefix}.{name}"] = value
+    return values
+
+
+def ui_command(tracker: Tracker) -> str:
+    """What opens the MLflow UI on this store."""
+    if tracker.uri.startswith(("http://", "https://")):
+        return f"a browser at {tracker.uri}"
+    program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")
+    return f"{program} ui --backend-store-uri {tracker.uri}"

@@ -1,0 +1,188 @@
+"""Train networks on the target from scratch: the transferred one over seeds, and random ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nas.architecture import Architecture
+from nas.data import ImageTask
+from nas.evaluation import count_macs, count_parameters
+from nas.observer import EpochRecord
+from nas.randomness import derive_seed
+from nas.spaces import DartsSpace, find_space
+from nas.trained import TrainedNetwork, load_network, save_network
+from nas.training import TrainConfig, Training
+from pipeline.console import say
+from pipeline.figures import draw_cells, draw_learning_curves
+from pipeline.job import Job, flat, watched
+from pipeline.steps import StepRun, run_step, step_digest
+from pipeline.tuning import sampled_search
+
+NETWORK_FILE = "network.safetensors"
+TRANSFERRED, RANDOM = "transferred", "random"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained network: the run that has it, and how it did on the validation split."""
+
+    label: str  # "transferred, seed 0"
+    group: str  # TRANSFERRED or RANDOM
+    run_id: str
+    digest: str  # of architecture, data, recipe and seed
+    architecture: Architecture
+    validation_accuracy: float
+    seconds: float
+    parameters: int
+    macs: int
+    records: tuple[EpochRecord, ...]
+    path: Path
+
+    def load(self) -> TrainedNetwork:
+        """The network itself."""
+        return load_network(self.path)
+
+
+def train_step(
+    job: Job,
+    task: ImageTask,
+    architecture: Architecture,
+    config: TrainConfig,
+    seed: int,
+    *,
+    label: str,
+    group: str,
+) -> Trained:
+    """Train ``architecture`` on ``task``, or take over an equal training."""
+    title = f"train {label} on {task.name}"
+
+    def body(step: StepRun) -> Mapping[str, Any]:
+        step.log.log_dataset(task, "target")
+        training = Training(
+            task,
+            architecture,
+            config,
+            seed=seed,
+            device=job.device,
+            workers=job.machine.workers,
+        )
+        with watched(title, step.log) as observer:
+            result = training.run(step.checkpoint, observer)
+        trained = TrainedNetwork(result.network, architecture, task.shape)
+        save_network(step.directory / NETWORK_FILE, trained)
+        if architecture.space == "darts":
+            cells = draw_cells(DartsSpace().genotype(architecture))
+            step.log.log_figure(cells, "pictures/cells.png")
+        curves = draw_learning_curves({label: result.records})
+        step.log.log_figure(curves, "pictures/curves.png")
+        network = find_space(architecture.space).meta_network(
+            architecture, task.shape, auxiliary=False
+        )
+        values = {
+            "val_accuracy": result.validation_accuracy,
+            "seconds": result.seconds,
+            "params": count_parameters(network),
+            "macs": count_macs(network, task.shape),
+        }
+        step.log.log_metrics(values)
+        return {**values, "records": [dict(record.metrics) for record in result.records]}
+
+    inputs = {
+        "task": task.digest,
+        "architecture": architecture.to_json(),
+        "config": asdict(config),
+        "seed": seed,
+        "device": job.device.type,
+    }
+    outcome = run_step(
+        "train",
+        title,
+        inputs,
+        body,
+        parent=job.log,
+        fresh=job.machine.fresh,
+        params={
+            "target": task.name,
+            "architecture": architecture.digest,
+            "channels": architecture.skeleton.channels,
+            "cells": architecture.skeleton.cells,
+            "seed": seed,
+            **flat("train", config),
+        },
+        tags={
+            "space": architecture.space,
+            "target": task.name,
+            "group": group,
+            "genotype.digest": architecture.digest,
+        },
+        say=say,
+    )
+    results = outcome.results
+    return Trained(
+        label=label,
+        group=group,
+        run_id=outcome.run_id,
+        digest=step_digest("train", inputs),
+        architecture=architecture,
+        validation_accuracy=results["val_accuracy"],
+        seconds=results["seconds"],
+        parameters=results["params"],
+        macs=results["macs"],
+        records=tuple(EpochRecord(e, m) for e, m in enumerate(results["records"])),
+        path=outcome.directory / NETWORK_FILE,
+    )
+
+
+def train_over_seeds(
+    job: Job, task: ImageTask, architecture: Architecture, config: TrainConfig, seeds: Sequence[int]
+) -> list[Trained]:
+    """The transferred architecture, trained once from each seed."""
+    return [
+        train_step(
+            job,
+            task,
+            architecture,
+            config,
+            seed,
+            label=f"transferred, seed {seed}",
+            group=TRANSFERRED,
+        )
+        for seed in seeds
+    ]
+
+
+def train_random(
+    job: Job, task: ImageTask, like: Architecture, config: TrainConfig, count: int, seed: int
+) -> list[Trained]:
+    """The honest baseline: ``count`` random architectures of the same space and skeleton, by the
+    same recipe.
+
+    Raises:
+        NASError: too many of them could not be trained.
+    """
+    trained: dict[int, Trained] = {}
+
+    def score(number: int, architecture: Architecture) -> float:
+        trained[number] = train_step(
+            job,
+            task,
+            architecture,
+            config,
+            derive_seed(seed, "random baseline", number) % 2**31,
+            label=f"random {number}",
+            group=RANDOM,
+        )
+        return trained[number].validation_accuracy
+
+    outcomes = sampled_search(
+        "random", find_space(like.space), like.skeleton, score, wanted=count, seed=seed
+    )
+    failed = {str(o.number): o.reason for o in outcomes if o.reason is not None}
+    if failed:
+        say(f"{len(failed)} random networks could not be trained: {'; '.join(failed.values())}")
+        job.log.set_tags({"random.failed": json.dumps(failed)})
+    return [trained[o.number] for o in outcomes if o.score is not None]

@@ -1,0 +1,185 @@
+"""The command line's options, each described once and shared by the entry points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nas.data import DATA_SETS
+from nas.search import METHODS
+from nas.spaces.darts import PUBLISHED
+from pipeline.presets import PRESETS
+
+_SETS = ", ".join(name for name in DATA_SETS if not name.startswith("folder:"))
+_METHODS = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+_PRESETS = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
+
+DATA, SEARCH, NETWORK, TRAINING, MACHINE = (
+    "What data",
+    "How to search",
+    "The final network",
+    "How to train and compare",
+    "The machine",
+)
+
+Source = Annotated[
+    str,
+    typer.Option(
+        help=f"Data set to search on: {_SETS}, or folder:PATH (one folder a class, optional "
+        "train/val/test).",
+        rich_help_panel=DATA,
+    ),
+]
+Target = Annotated[
+    str,
+    typer.Option(
+        help="Data set that the network is for; named like --source.", rich_help_panel=DATA
+    ),
+]
+_SIZE = "Scale the images to this many pixels a side; by default the set's own size."
+_LIMIT = "Use at most this many images, chosen evenly from the classes."
+SourceSize = Annotated[int | None, typer.Option("--source-size", help=_SIZE, rich_help_panel=DATA)]
+TargetSize = Annotated[int | None, typer.Option("--target-size", help=_SIZE, rich_help_panel=DATA)]
+SourceLimit = Annotated[
+    int | None, typer.Option("--source-limit", min=1, help=_LIMIT, rich_help_panel=DATA)
+]
+TargetLimit = Annotated[
+    int | None, typer.Option("--target-limit", min=1, help=_LIMIT, rich_help_panel=DATA)
+]
+TransferName = Annotated[
+    str,
+    typer.Option(
+        "--transfer",
+        help="What moves from source to target; cell: the cells, stacked anew (NASTransfer).",
+        rich_help_panel=SEARCH,
+    ),
+]
+MethodName = Annotated[str, typer.Option("--method", help=f"{_METHODS}.", rich_help_panel=SEARCH)]
+PresetName = Annotated[str, typer.Option("--preset", help=f"Scale of the whole job. {_PRESETS}.")]
+SearchEpochs = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Epochs of the search instead of the preset's.", rich_help_panel=SEARCH
+    ),
+]
+SearchBatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Images in a batch of either half.", rich_help_panel=SEARCH),
+]
+SearchChannels = Annotated[
+    int | None,
+    typer.Option(min=1, help="Initial channels of the supernet.", rich_help_panel=SEARCH),
+]
+SearchCells = Annotated[
+    int | None, typer.Option(min=1, help="Cells of the supernet.", rich_help_panel=SEARCH)
+]
+ArchitectureName = Annotated[
+    str,
+    typer.Option(
+        "--architecture",
+        help=f"What to train: {', '.join(PUBLISHED)}, the file of a genotype or architecture, or "
+        "run:ID of a search.",
+        rich_help_panel=NETWORK,
+    ),
+]
+Channels = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Initial channels of the final network, an even number.",
+        rich_help_panel=NETWORK,
+    ),
+]
+Cells = Annotated[
+    int | None, typer.Option(min=1, help="Cells of the final network.", rich_help_panel=NETWORK)
+]
+MaxMacs = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of --channels: the widest network within this many multiply-adds an image, "
+        "e.g. 600M.",
+        rich_help_panel=NETWORK,
+    ),
+]
+Stem = Annotated[
+    str | None,
+    typer.Option(
+        help="cifar keeps the resolution, imagenet divides it by 8; by default imagenet from 128 "
+        "pixels.",
+        rich_help_panel=NETWORK,
+    ),
+]
+TrainEpochs = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Epochs of each training instead of the preset's.", rich_help_panel=TRAINING
+    ),
+]
+TrainBatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Images in a training batch.", rich_help_panel=TRAINING)
+]
+Seeds = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Trainings of the transferred network, and as many random networks beside it.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=0, help="First seed; the result is a function of it.", rich_help_panel=TRAINING
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model-name",
+        help="Name in the model registry; by default nas-TARGET.",
+        rich_help_panel=TRAINING,
+    ),
+]
+ModelUri = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="Registered model: NAME (its champion), models:/NAME@ALIAS or models:/NAME/1.",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto takes a GPU where there is one; cpu, cuda, cuda:1.", rich_help_panel=MACHINE
+    ),
+]
+Workers = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Processes that decode images of sets too large for memory.",
+        rich_help_panel=MACHINE,
+    ),
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="Folder of public data sets; by default in the user's cache.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Fresh = Annotated[
+    bool,
+    typer.Option(
+        "--fresh/--no-fresh",
+        help="Run every step anew: reuse nothing, go on with nothing.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose/--no-verbose", help="Show tracebacks.", rich_help_panel=MACHINE),
+]

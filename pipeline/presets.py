@@ -1,0 +1,83 @@
+"""Scales of a whole job: what `quick` means for the search, the network and its training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from nas.errors import UnknownNameError
+from nas.search import Method, SearchConfig
+from nas.training import TRAINING_PRESETS, TrainConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One scale of a job.
+
+    Attributes:
+        summary: for people.
+        channels, cells: of the final network.
+        training: its recipe.
+        quick_search: scale the search down to minutes on two cores, too.
+    """
+
+    summary: str
+    channels: int
+    cells: int
+    training: TrainConfig
+    quick_search: bool = False
+
+    def search(self, method: Method) -> SearchConfig:
+        """The settings of ``method`` at this scale."""
+        paper = method.paper_config()
+        if not self.quick_search:
+            return paper
+        # Few steps: the architecture parameters must move further in each. The share of frozen
+        # epochs is the paper's.
+        return replace(
+            paper,
+            supernet=replace(
+                paper.supernet, channels=8, cells=4, partial=min(2, paper.supernet.partial)
+            ),
+            epochs=QUICK_SEARCH_EPOCHS,
+            batch_size=64,
+            learning_rate=0.1,
+            learning_rate_end=0.001,
+            architecture_learning_rate=6e-3,
+            warmup_epochs=round(QUICK_SEARCH_EPOCHS * paper.warmup_epochs / paper.epochs),
+            crop_padding=1,
+        )
+
+
+QUICK_SEARCH_EPOCHS = 10
+PRESETS = {
+    "quick": Preset(
+        "minutes on two cores: a small supernet, a small network, a handful of epochs",
+        channels=8,
+        cells=4,
+        training=TRAINING_PRESETS["quick"],
+        quick_search=True,
+    ),
+    "paper-cifar": Preset(
+        "the papers' CIFAR-10 setting: 50 epochs of search, 20 cells, 600 epochs of training",
+        channels=36,
+        cells=20,
+        training=TRAINING_PRESETS["paper-cifar"],
+    ),
+    "paper-imagenet": Preset(
+        "the papers' ImageNet setting: 14 cells of 48 channels, 250 epochs of training",
+        channels=48,
+        cells=14,
+        training=TRAINING_PRESETS["paper-imagenet"],
+    ),
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset called ``name``.
+
+    Raises:
+        UnknownNameError: there is none of that name; the message suggests the nearest.
+    """
+    if name not in PRESETS:
+        raise UnknownNameError("preset", name, PRESETS)
+    return PRESETS[name]

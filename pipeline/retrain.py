@@ -1,0 +1,53 @@
+"""Train a given architecture on a data set, compare it with random ones, and register it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nas.architecture import Skeleton
+from pipeline.compare import Comparison, compare, summarise
+from pipeline.console import print_summary
+from pipeline.job import Machine, flat, open_job
+from pipeline.settings import CompareSettings, DataSettings, StackSettings
+from pipeline.specification import read_architecture
+
+
+@dataclass(frozen=True)
+class RetrainSettings:
+    """What the entry point ``retrain`` is asked for.
+
+    ``architecture`` is a published genotype, a file or ``run:ID``; ``skeleton`` is for those that
+    have none of their own, and ``stack`` what the user wants instead.
+    """
+
+    architecture: str
+    target: DataSettings
+    skeleton: Skeleton
+    stack: StackSettings
+    compare: CompareSettings
+
+
+def retrain(settings: RetrainSettings, machine: Machine) -> Comparison:
+    """Train, compare and register; prints what came of it."""
+    target_name = settings.target.name
+    with open_job(
+        f"retrain {settings.architecture} on {target_name}",
+        machine,
+        {
+            "architecture": settings.architecture,
+            "target": target_name,
+            "seed": settings.compare.seed,
+            "seeds": settings.compare.seeds,
+            **flat("train", settings.compare.training),
+        },
+        {"space": "darts", "target": target_name},
+    ) as job:
+        given = read_architecture(settings.architecture, settings.skeleton, job.log.tracker)
+        task = job.load(settings.target)
+        job.log.log_dataset(task, "target")
+        job.log.set_tags(
+            {"lineage.architecture": settings.architecture, "lineage.target_digest": task.digest}
+        )
+        comparison = compare(job, task, settings.stack.apply(given, task), settings.compare)
+        print_summary(summarise(job, task, settings.architecture, comparison))
+    return comparison

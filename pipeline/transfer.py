@@ -1,0 +1,114 @@
+"""The main job: search on a source, move what was found to the target, train, compare, register."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from nas.architecture import Architecture
+from nas.data import ImageTask, fit_linear
+from nas.errors import UnknownNameError
+from nas.search import Method, SearchConfig
+from pipeline.compare import Comparison, compare, summarise
+from pipeline.console import Summary, print_summary
+from pipeline.job import Job, Machine, flat, open_job
+from pipeline.search import SUPERNET_FILE, Found, search_step
+from pipeline.settings import CompareSettings, DataSettings, StackSettings
+
+
+@dataclass(frozen=True)
+class TransferSettings:
+    """What a transfer is asked to do."""
+
+    transfer: str
+    source: DataSettings
+    target: DataSettings
+    method: Method
+    search: SearchConfig
+    stack: StackSettings
+    compare: CompareSettings
+
+
+def transfer_cell(found: Found, target: ImageTask, settings: TransferSettings) -> Architecture:
+    """NASTransfer: the discrete cells, stacked anew for the target."""
+    return settings.stack.apply(found.architecture, target)
+
+
+# How knowledge moves from the search to the target; one row for each paper.
+TRANSFERS: dict[str, Callable[[Found, ImageTask, TransferSettings], Architecture]] = {
+    "cell": transfer_cell,
+}
+
+
+def transfer(settings: TransferSettings, machine: Machine) -> Summary:
+    """Run the main job and print what came of it.
+
+    Raises:
+        NASError: whatever a user can mend; the run is marked as FAILED with the reason.
+    """
+    if settings.transfer not in TRANSFERS:
+        raise UnknownNameError("transfer", settings.transfer, TRANSFERS)
+    source_name, target_name = settings.source.name, settings.target.name
+    tags = {
+        "space": "darts",
+        "method": settings.method.name,
+        "transfer": settings.transfer,
+        "source": source_name,
+        "target": target_name,
+    }
+    title = f"transfer {source_name} to {target_name}"
+    with open_job(title, machine, _parameters(settings), tags) as job:
+        source, target = job.load(settings.source), job.load(settings.target)
+        job.log.log_dataset(source, "source")
+        job.log.log_dataset(target, "target")
+        found = search_step(job, source, settings.method, settings.search, settings.compare.seed)
+        architecture = TRANSFERS[settings.transfer](found, target, settings)
+        _log_lineage(job, source, target, found)
+        comparison = compare(job, target, architecture, settings.compare)
+        summary = replace(
+            summarise(job, target, f"{settings.method.name}, {settings.transfer}", comparison),
+            source=source_name,
+            linear_source_accuracy=fit_linear(source).accuracy(source, "val"),
+            search_seconds=found.seconds,
+        )
+        _log_costs(job, found, comparison)
+        print_summary(summary)
+    return summary
+
+
+def _parameters(settings: TransferSettings) -> dict[str, object]:
+    return {
+        "transfer": settings.transfer,
+        "source": settings.source.name,
+        "target": settings.target.name,
+        "method": settings.method.name,
+        "seed": settings.compare.seed,
+        "seeds": settings.compare.seeds,
+        **flat("search", settings.search),
+        **flat("train", settings.compare.training),
+    }
+
+
+def _log_lineage(job: Job, source: ImageTask, target: ImageTask, found: Found) -> None:
+    """Everything the transfer took in, so that one can walk back from what it registers."""
+    job.log.set_tags(
+        {
+            "lineage.search_run": found.run_id,
+            "lineage.supernet": f"runs:/{found.run_id}/{SUPERNET_FILE}",
+            "lineage.genotype": f"runs:/{found.run_id}/genotype.json",
+            "lineage.source_digest": source.digest,
+            "lineage.target_digest": target.digest,
+        }
+    )
+    job.log.log_model_input(found.supernet_id)
+
+
+def _log_costs(job: Job, found: Found, comparison: Comparison) -> None:
+    """The search on the source is charged, also where an earlier job paid for it."""
+    job.log.log_metrics(
+        {
+            "search/seconds": found.seconds,
+            "search/val_accuracy": found.validation_accuracy,
+            "cost/transfer_seconds": found.seconds + comparison.training_seconds,
+        }
+    )
