@@ -77,8 +77,8 @@ def transfer_command(
     transfer(
         TransferSettings(
             transfer=transfer_by,
-            source=DataSettings(source, source_size, source_limit),
-            target=DataSettings(target, target_size, target_limit),
+            source=DataSettings(source, source_size, source_limit, scale.largest),
+            target=DataSettings(target, target_size, target_limit, scale.largest),
             method=searcher,
             search=_search_config(
                 scale, searcher, search_epochs, search_batch_size, search_channels, search_cells
@@ -119,7 +119,9 @@ def search_command(
         scale, searcher, search_epochs, search_batch_size, search_channels, search_cells
     )
     search(
-        SearchSettings(DataSettings(source, source_size, source_limit), searcher, config, seed),
+        SearchSettings(
+            DataSettings(source, source_size, source_limit, scale.largest), searcher, config, seed
+        ),
         Machine(device, workers, data, fresh),
     )
 
@@ -151,7 +153,7 @@ def retrain_command(
     retrain(
         RetrainSettings(
             architecture=architecture,
-            target=DataSettings(target, target_size, target_limit),
+            target=DataSettings(target, target_size, target_limit, scale.largest),
             skeleton=Skeleton("cifar", scale.channels, scale.cells),
             stack=_stack(scale, channels, cells, max_macs, stem),
             compare=CompareSettings(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,9 @@ def evaluate(settings: EvaluateSettings, machine: Machine) -> Interval:
         {"target": settings.target.name},
     ) as job:
         model = resolve(job.log.tracker, settings.model)
-        task = job.load(settings.target)
+        height, _, _ = model.shape
+        wanted = settings.target.image_size or height
+        task = job.load(replace(settings.target, image_size=wanted))
         _check_fit(model.classes, model.shape, task)
         job.log.log_dataset(task, "target")
         predictions = _predict(model, task)

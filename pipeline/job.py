@@ -53,6 +53,7 @@ class Job:
             name,
             root=self.machine.data or home() / "data",
             image_size=settings.image_size,
+            largest=settings.largest,
             limit=settings.limit,
             observer=RunObserver(self.log),
         )

@@ -265,8 +265,9 @@ def _save(
     location: str,
     model_id: str,
 ) -> None:
-    inputs = TensorSpec(np.dtype(np.uint8), (-1, *sample.shape[1:]), "images")
-    outputs = TensorSpec(np.dtype(np.float32), (-1, len(classes)), "probabilities")
+    # Without names: MLflow hands a named tensor over in a dict, which the PyTorch flavour refuses.
+    inputs = TensorSpec(np.dtype(np.uint8), (-1, *sample.shape[1:]))
+    outputs = TensorSpec(np.dtype(np.float32), (-1, len(classes)))
     model = Model(
         artifact_path=location,
         model_uuid=model_id,

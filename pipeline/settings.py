@@ -12,11 +12,16 @@ from nas.transfer.cell import restack
 
 @dataclass(frozen=True)
 class DataSettings:
-    """A data set by name, and how much of it."""
+    """A data set by name, and how much of it.
+
+    ``image_size`` is a side that the user asked for; ``largest`` is what the preset can afford
+    where the user asked for none.
+    """
 
     name: str
     image_size: int | None = None
     limit: int | None = None
+    largest: int | None = None
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from nas.errors import TrackingError
+from pipeline.afterwards import insist_on_killed
 from pipeline.inputs import DatasetSummary, dataset_input, datasets_of
 from pipeline.process import SET_BY_MLFLOW, Process, interruptible, standard_tags
 from pipeline.store import Store, open_store, reason_of, without_password
@@ -202,8 +203,9 @@ class Tracker:
         Args:
             resume: the id of an interrupted run to go on with instead of opening a new one.
         """
-        if parent is None:
-            resume, self._inherited = resume or self._inherited, None
+        inherited = self._inherited if parent is None and resume is None else None
+        if inherited:
+            resume, self._inherited = inherited, None
         with interruptible() if parent is None else nullcontext():
             all_tags = standard_tags() | dict(tags or {})
             if parent is not None:
@@ -216,6 +218,8 @@ class Tracker:
             except KeyboardInterrupt:
                 with suppress(TrackingError):
                     self._end(log.run_id, "KILLED")
+                if inherited:
+                    insist_on_killed(self.client.tracking_uri, inherited)
                 raise
             except BaseException as error:
                 with suppress(TrackingError):

@@ -49,6 +49,7 @@ def load_task(
     *,
     root: Path,
     image_size: int | None = None,
+    largest: int | None = None,
     val_fraction: float | None = None,
     test_fraction: float = TEST_FRACTION,
     limit: int | None = None,
@@ -65,6 +66,7 @@ def load_task(
             to, 4 to 1024. By default embedded and small public sets keep their own size,
             flowers102 and imagenet take 224, and a folder keeps a common size of up to 64 pixels
             or else takes the median shortest side (a multiple of 8, at most 224).
+        largest: where no ``image_size`` is asked for, scale images down to at most this side.
         val_fraction: share of the training images for validation, in (0, 1); by default 0.2, or
             0.1 where the test split is given. Not used where validation is given too.
         test_fraction: share of all images for the test split, in (0, 1), where none is given.
@@ -81,11 +83,11 @@ def load_task(
     Raises UnknownNameError, ConfigurationError for impossible fractions or limits, and DataError
     for data that is missing, broken or too small.
     """
-    _check_numbers(image_size, limit)
+    _check_numbers(image_size, largest, limit)
     raw = _read(name, root, download)
     if limit is not None and limit < len(raw.labels):
         raw = _limited(raw, limit, seed)
-    images = _store(raw, image_size, progress)
+    images = _store(raw, image_size, largest, progress)
     groups = duplicate_groups(images.fingerprints())
     splits = make_splits(
         raw.labels,
@@ -115,11 +117,12 @@ def load_task(
     )
 
 
-def _check_numbers(image_size: int | None, limit: int | None) -> None:
-    if image_size is not None and not MIN_SIZE <= image_size <= MAX_SIZE:
-        raise DataError(
-            f"image_size is {image_size}: it must lie between {MIN_SIZE} and {MAX_SIZE} pixels"
-        )
+def _check_numbers(image_size: int | None, largest: int | None, limit: int | None) -> None:
+    for name, size in (("image_size", image_size), ("largest", largest)):
+        if size is not None and not MIN_SIZE <= size <= MAX_SIZE:
+            raise DataError(
+                f"{name} is {size}: it must lie between {MIN_SIZE} and {MAX_SIZE} pixels"
+            )
     if limit is not None and limit < 1:
         raise ConfigurationError(f"limit is {limit}: it must be a positive number of images")
 
@@ -161,10 +164,19 @@ def _limited(raw: RawSet, limit: int, seed: int) -> RawSet:
     return replace(raw, images=images, labels=raw.labels[numbers], given=given)
 
 
-def _store(raw: RawSet, image_size: int | None, progress: Progress | None) -> ImageStore:
+def _store(
+    raw: RawSet, image_size: int | None, largest: int | None, progress: Progress | None
+) -> ImageStore:
     size = image_size or raw.image_size
+    if image_size is None and size is not None and largest is not None:
+        size = min(size, largest)
     if not isinstance(raw.images, Tensor):
-        return open_files(raw.images, image_size=size, stream=raw.stream, progress=progress)
+        return open_files(
+            raw.images, image_size=size, largest=largest, stream=raw.stream, progress=progress
+        )
+    side = min(raw.images.shape[2:])
+    if size is None and largest is not None and side > largest:
+        size = largest
     return TensorImages(raw.images if size is None else resized(raw.images, size))
 
 

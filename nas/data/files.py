@@ -186,11 +186,13 @@ def open_files(
     paths: Sequence[Path],
     *,
     image_size: int | None,
+    largest: int | None = None,
     stream: bool = False,
     progress: Progress | None = None,
 ) -> ImageStore:
     """A store of image files, every one of them read once and checked.
 
+    The images have ``image_size``, or else their own size unless that is above ``largest``.
     One channel if all files are grey, else three. In memory, fully decoded, up to 2 GiB, unless
     ``stream`` asks for files; larger sets stay in their files, with only headers and structure
     checked here. Raises DataError with the number and the first names of broken files.
@@ -198,6 +200,8 @@ def open_files(
     headers = map_images(read_header, paths, shown, progress, "checking images")
     channels = 1 if all(header.grey for header in headers) else 3
     height, width = (image_size, image_size) if image_size else default_size(headers)
+    if image_size is None and largest is not None and min(height, width) > largest:
+        height, width = largest, largest
     store = FileImages(paths, (channels, height, width), [h.fingerprint for h in headers])
     if stream or len(paths) * channels * height * width > RESIDENT_BYTES:
         return store

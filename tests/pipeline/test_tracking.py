@@ -145,6 +145,20 @@ class TestOpenRun:
         assert stored.data.params == {"epochs": "03", "seed": "0"}
         assert tracker.client.get_run(step.run_id).info.experiment_id == experiment
 
+    def test_it_stays_killed_when_mlflow_run_marks_it_as_failed(
+        self, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run_id = tracker.client.create_run(tracker.experiment_id).info.run_id
+        monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+        with pytest.raises(KeyboardInterrupt), connect().open_run("transfer"):
+            raise KeyboardInterrupt
+        assert status(tracker, run_id) == "KILLED"
+        tracker.client.set_terminated(run_id, "FAILED")
+        deadline = time.monotonic() + 60
+        while status(tracker, run_id) != "KILLED":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
     def test_a_name_that_the_user_gave_stays(
         self, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
     ) -> None:

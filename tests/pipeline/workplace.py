@@ -10,9 +10,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# Its server imports torch and MLflow once; each process is then forked from it in no time.
+# Its server imports what takes long once; each process is then forked from it in no time.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pipeline.steps"])
+PROCESSES.set_forkserver_preload(["torch", "mlflow.models", "mlflow.system_metrics", "alembic"])
 
 VARIABLES = (
     "MLFLOW_TRACKING_URI",
