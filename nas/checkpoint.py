@@ -67,10 +67,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in checkpoint.tensors.items()
     }
-    header = {
-        "values": json.dumps(dict(checkpoint.values), sort_keys=True),
-        "digest": _digest(tensors),
-    }
+    values = json.dumps(dict(checkpoint.values), sort_keys=True)
+    header = {"values": values, "digest": _digest(values, tensors)}
     write_atomically(path, save(tensors, metadata=header))
 
 
@@ -84,19 +82,21 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
         with safe_open(path, framework="pt", device="cpu") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        values = json.loads(header["values"])
-        digest = header["digest"]
+        text, digest = header["values"], header["digest"]
+        values = json.loads(text)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint at {path}") from error
-    except (SafetensorError, KeyError, ValueError, OSError, struct.error) as error:
+    except (SafetensorError, KeyError, ValueError, OSError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{path} is no readable checkpoint: {error}") from error
-    if digest != _digest(tensors):
-        raise CheckpointError(f"{path} was altered: its tensors do not match its digest")
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is no readable checkpoint: its values have no names")
+    if digest != _digest(text, tensors):
+        raise CheckpointError(f"{path} was altered: its contents do not match its digest")
     return Checkpoint({name: tensor.to(device) for name, tensor in tensors.items()}, values)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    state = hashlib.sha256()
+def _digest(values: str, tensors: Mapping[str, Tensor]) -> str:
+    state = hashlib.sha256(f"{len(values)}:{values};".encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         state.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())

@@ -202,9 +202,12 @@ class ResumableLoop(ABC, Generic[Item]):
             raise CheckpointError(
                 f"the checkpoint is of another {self.phase}: data, settings or seed differ"
             )
-        self.load_tensors(state.tensors)
-        self.meter.totals.copy_(state.tensors["meter"])
-        self.epoch, self.batch = values["epoch"], values["batch"]
-        self.watch = Stopwatch(values["seconds"])
-        self.epoch_watch = Stopwatch(values["epoch_seconds"])
-        self.records = [EpochRecord(e, metrics) for e, metrics in enumerate(values["records"])]
+        try:
+            self.load_tensors(state.tensors)
+            self.meter.totals.copy_(state.tensors["meter"])
+            self.epoch, self.batch = values["epoch"], values["batch"]
+            self.watch = Stopwatch(values["seconds"])
+            self.epoch_watch = Stopwatch(values["epoch_seconds"])
+            self.records = [EpochRecord(e, metrics) for e, metrics in enumerate(values["records"])]
+        except KeyError as error:
+            raise CheckpointError(f"the checkpoint of this {self.phase} lacks {error}") from error

@@ -38,7 +38,7 @@ def restore_optimiser(prefix: str, optimiser: Optimizer, tensors: Mapping[str, T
     """Put back what :func:`pack_optimiser` took.
 
     Raises:
-        CheckpointError: a tensor belongs to a parameter that this optimiser has not.
+        CheckpointError: a tensor fits no parameter of this optimiser.
     """
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     for name, value in tensors.items():
@@ -48,6 +48,11 @@ def restore_optimiser(prefix: str, optimiser: Optimizer, tensors: Mapping[str, T
         if int(index) >= len(parameters):
             raise CheckpointError(f"the checkpoint has an optimiser state '{name}' too many")
         parameter = parameters[int(index)]
+        if entry != "step" and value.shape != parameter.shape:
+            raise CheckpointError(
+                f"the checkpoint has '{name}' of shape {tuple(value.shape)}, but "
+                f"{tuple(parameter.shape)} is wanted"
+            )
         # Adam counts its steps in a tensor that stays on the CPU.
         device = "cpu" if entry == "step" else parameter.device
         optimiser.state[parameter][entry] = value.to(device, copy=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from nas.architecture import Architecture
 from nas.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from nas.data import TaskShape
-from nas.errors import CheckpointError
+from nas.errors import CheckpointError, NASError
 from nas.optimisation import copy_tensors
 from nas.spaces import find_space
 from nas.spaces.base import Network
@@ -56,11 +57,12 @@ def load_network(path: Path) -> TrainedNetwork:
         CheckpointError: the file is no network of ours, or its tensors do not fit.
     """
     checkpoint = _read(path, NETWORK)
-    architecture = Architecture.from_json(checkpoint.values["architecture"])
-    shape = TaskShape(**checkpoint.values["shape"])
-    network = find_space(architecture.space).network(
-        architecture, shape, auxiliary=False, generator=torch.Generator()
-    )
+    with _building(path, NETWORK):
+        architecture = Architecture.from_json(checkpoint.values["architecture"])
+        shape = TaskShape(**checkpoint.values["shape"])
+        network = find_space(architecture.space).network(
+            architecture, shape, auxiliary=False, generator=torch.Generator()
+        )
     copy_tensors(network.state_dict(), checkpoint.tensors, "this network")
     network.eval()
     return TrainedNetwork(network, architecture, shape)
@@ -93,8 +95,9 @@ def load_supernet(path: Path) -> Supernet:
         CheckpointError: the file is no supernet of ours, or its tensors do not fit.
     """
     checkpoint = _read(path, SUPERNET)
-    shape = TaskShape(**checkpoint.values["shape"])
-    supernet = Supernet(shape, SupernetConfig(**checkpoint.values["config"]), seed=0)
+    with _building(path, SUPERNET):
+        shape = TaskShape(**checkpoint.values["shape"])
+        supernet = Supernet(shape, SupernetConfig(**checkpoint.values["config"]), seed=0)
     own = {name: t for name, t in supernet.state_dict().items() if name != "weights"}
     own |= {f"weights.{name}": view for name, view in supernet.named_weights()}
     copy_tensors(own, checkpoint.tensors, "this supernet")
@@ -106,3 +109,12 @@ def _read(path: Path, kind: str) -> Checkpoint:
     if checkpoint.values.get("kind") != kind:
         raise CheckpointError(f"{path} holds no {kind}")
     return checkpoint
+
+
+@contextmanager
+def _building(path: Path, kind: str) -> Iterator[None]:
+    """Whatever is wrong with the values of a file, it is the file that is to blame."""
+    try:
+        yield
+    except (KeyError, TypeError, RuntimeError, NASError) as error:
+        raise CheckpointError(f"{path} describes no {kind} that can be built: {error}") from error

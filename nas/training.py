@@ -61,10 +61,10 @@ class TrainConfig:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1:
+        if self.epochs < 1 or self.batch_size < 2:  # a batch is normalised by its own statistics
             raise ConfigurationError(
-                f"training needs epochs and a batch size of at least 1, not {self.epochs} and "
-                f"{self.batch_size}"
+                "training needs at least 1 epoch and a batch size of at least 2, not "
+                f"{self.epochs} and {self.batch_size}"
             )
         if self.schedule not in ("cosine", "exponential"):
             raise UnknownNameError("schedule", self.schedule, ("cosine", "exponential"))

@@ -64,6 +64,7 @@ def transfer_command(
     model_name: o.ModelName = None,
     device: o.Device = "auto",
     workers: o.Workers = 0,
+    parallel: o.Parallel = None,
     data: o.DataRoot = None,
     fresh: o.Fresh = False,
     verbose: o.Verbose = False,
@@ -91,7 +92,7 @@ def transfer_command(
                 model_name=model_name or _model_name(target),
             ),
         ),
-        Machine(device, workers, data, fresh),
+        Machine(device, workers, parallel, scale.threads, data, fresh),
     )
 
 
@@ -122,7 +123,7 @@ def search_command(
         SearchSettings(
             DataSettings(source, source_size, source_limit, scale.largest), searcher, config, seed
         ),
-        Machine(device, workers, data, fresh),
+        Machine(device, workers, None, scale.threads, data, fresh),
     )
 
 
@@ -144,6 +145,7 @@ def retrain_command(
     model_name: o.ModelName = None,
     device: o.Device = "auto",
     workers: o.Workers = 0,
+    parallel: o.Parallel = None,
     data: o.DataRoot = None,
     fresh: o.Fresh = False,
     verbose: o.Verbose = False,
@@ -163,7 +165,7 @@ def retrain_command(
                 model_name=model_name or _model_name(target),
             ),
         ),
-        Machine(device, workers, data, fresh),
+        Machine(device, workers, parallel, scale.threads, data, fresh),
     )
 
 

@@ -5,11 +5,10 @@ The second half of every transfer, whichever way the architecture was found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
-
-import numpy as np
 
 from nas.architecture import Architecture
 from nas.data import ImageTask
@@ -22,7 +21,7 @@ from nas.statistics import (
     welch_difference,
 )
 from pipeline.console import Summary, human_count, say
-from pipeline.evaluate import Tested, evaluation_step
+from pipeline.evaluate import evaluation_step
 from pipeline.figures import (
     NetworkAccuracies,
     draw_cells,
@@ -30,9 +29,12 @@ from pipeline.figures import (
     draw_learning_curves,
 )
 from pipeline.job import Job, ui_command
-from pipeline.networks import RANDOM, TRANSFERRED, Trained, train_over_seeds, train_random
-from pipeline.registry import Registered, register
+from pipeline.networks import RANDOM, TRANSFERRED, Trained, train_beside_random
+from pipeline.registry import LINEAGE, Registered, is_registered, register
 from pipeline.settings import CompareSettings
+from pipeline.specification import ARCHITECTURE_FILE
+from pipeline.steps import StepRun, run_step
+from pipeline.tracking import RunLog
 
 SAMPLE_IMAGES = 4  # kept with the registered model as its input example
 
@@ -47,7 +49,6 @@ class Comparison:
     linear_accuracy: float
     best: Trained  # by validation accuracy; the one that is registered
     training_seconds: float  # of the transferred network, all seeds
-    registered: Registered
 
 
 def compare(
@@ -56,35 +57,23 @@ def compare(
     """Train ``architecture`` over seeds and as many random ones, test all, register the best."""
     _say_size(architecture, task)
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    transferred = train_over_seeds(job, task, architecture, settings.training, seeds)
-    random = train_random(job, task, architecture, settings.training, settings.seeds, settings.seed)
+    transferred, random = train_beside_random(job, task, architecture, settings.training, seeds)
     best = max(transferred, key=lambda trained: trained.validation_accuracy)
-    networks = [*transferred, *random]
-    tested = evaluation_step(job, task, networks, best)
+    tested = evaluation_step(job, task, [*transferred, *random], best)
     ours, theirs = tested.accuracies[: len(transferred)], tested.accuracies[len(transferred) :]
-    accuracy, random_accuracy = mean_interval(ours), mean_interval(theirs)
-    improvement = relative_improvement_interval(ours, theirs, settings.seed)
-    _log_comparison(job, task, networks, tested, accuracy, random_accuracy, improvement)
-    training_seconds = sum(trained.seconds for trained in transferred)
-    job.log.log_metrics(
-        {
-            "val/accuracy": best.validation_accuracy,
-            "params": best.parameters,
-            "macs": best.macs,
-            "cost/training_seconds": training_seconds,
-            "cost/baseline_seconds": sum(trained.seconds for trained in random),
-        }
+    comparison = Comparison(
+        accuracy=mean_interval(ours),
+        random_accuracy=mean_interval(theirs),
+        improvement=relative_improvement_interval(ours, theirs, settings.seed),
+        linear_accuracy=tested.linear,
+        best=best,
+        training_seconds=sum(trained.seconds for trained in transferred),
     )
-    registered = _register(job, task, best, settings.model_name, accuracy, random_accuracy)
-    return Comparison(
-        accuracy,
-        random_accuracy,
-        improvement,
-        tested.linear,
-        best,
-        training_seconds,
-        registered,
-    )
+    _log_metrics(job, comparison, ours, theirs)
+    job.log.log_metrics({"cost/baseline_seconds": sum(trained.seconds for trained in random)})
+    _log_networks(job, task, dict(zip([*transferred, *random], tested.accuracies, strict=True)))
+    _log_pictures(job, [*transferred, *random], ours, theirs, tested.linear)
+    return comparison
 
 
 def _say_size(architecture: Architecture, task: ImageTask) -> None:
@@ -97,93 +86,86 @@ def _say_size(architecture: Architecture, task: ImageTask) -> None:
     )
 
 
-def _log_comparison(
-    job: Job,
-    task: ImageTask,
-    networks: list[Trained],
-    tested: Tested,
-    accuracy: Interval,
-    random_accuracy: Interval,
-    improvement: Interval,
+def _log_metrics(
+    job: Job, comparison: Comparison, ours: Sequence[float], theirs: Sequence[float]
 ) -> None:
     metrics = {
-        **_bounds("test/accuracy", accuracy),
-        **_bounds("random/accuracy", random_accuracy),
-        **_bounds("relative_improvement", improvement),
-        "test/linear": tested.linear,
+        **_bounds("test/accuracy", comparison.accuracy),
+        **_bounds("random/accuracy", comparison.random_accuracy),
+        **_bounds("relative_improvement", comparison.improvement),
+        "test/linear": comparison.linear_accuracy,
+        "val/accuracy": comparison.best.validation_accuracy,
+        "params": comparison.best.parameters,
+        "macs": comparison.best.macs,
+        "cost/training_seconds": comparison.training_seconds,
     }
-    by_group: dict[str, list[float]] = {TRANSFERRED: [], RANDOM: []}
-    for trained, value in zip(networks, tested.accuracies, strict=True):
-        by_group[trained.group].append(value)
-    if len(by_group[RANDOM]) > 1:
-        metrics["p_value"] = welch_difference(by_group[TRANSFERRED], by_group[RANDOM]).p_value
-    job.log.log_metrics({name: value for name, value in metrics.items() if np.isfinite(value)})
-    rows = [NetworkAccuracies(group, group, tuple(values)) for group, values in by_group.items()]
-    job.log.log_figure(draw_comparison(rows, tested.linear), "pictures/comparison.png")
+    if all(len(set(accuracies)) > 1 for accuracies in (ours, theirs)):
+        metrics["p_value"] = welch_difference(ours, theirs).p_value
+    # one network a group has no interval
+    job.log.log_metrics({name: value for name, value in metrics.items() if isfinite(value)})
+
+
+def _log_networks(job: Job, task: ImageTask, tested: Mapping[Trained, float]) -> None:
+    rows = [
+        {
+            "label": trained.label,
+            "run": trained.run_id,
+            "architecture": trained.architecture.digest,
+            "validation_accuracy": trained.validation_accuracy,
+            "test_accuracy": accuracy,
+            "parameters": trained.parameters,
+            "macs": trained.macs,
+            "seconds": trained.seconds,
+        }
+        for trained, accuracy in tested.items()
+    ]
+    job.log.log_json({"target": task.name, "networks": rows}, "comparison.json")
+
+
+def _log_pictures(
+    job: Job,
+    networks: Sequence[Trained],
+    ours: tuple[float, ...],
+    theirs: tuple[float, ...],
+    linear: float,
+) -> None:
+    rows = [
+        NetworkAccuracies(TRANSFERRED, TRANSFERRED, ours),
+        NetworkAccuracies(RANDOM, RANDOM, theirs),
+    ]
+    job.log.log_figure(draw_comparison(rows, linear), "pictures/comparison.png")
     curves = draw_learning_curves({trained.label: trained.records for trained in networks})
     job.log.log_figure(curves, "pictures/learning_curves.png")
-    job.log.log_json(
-        {
-            "target": task.name,
-            "networks": [
-                {
-                    "label": trained.label,
-                    "run": trained.run_id,
-                    "architecture": trained.architecture.digest,
-                    "validation_accuracy": trained.validation_accuracy,
-                    "test_accuracy": value,
-                    "parameters": trained.parameters,
-                    "macs": trained.macs,
-                    "seconds": trained.seconds,
-                }
-                for trained, value in zip(networks, tested.accuracies, strict=True)
-            ],
-        },
-        "comparison.json",
-    )
 
 
-def _register(
-    job: Job,
-    task: ImageTask,
-    best: Trained,
-    name: str,
-    accuracy: Interval,
-    random_accuracy: Interval,
-) -> Registered:
-    """Register the network of the best validation accuracy."""
+def register_step(job: Job, task: ImageTask, comparison: Comparison, name: str) -> Registered:
+    """Register the transferred network of the best validation accuracy, once."""
+    best = comparison.best
     architecture = best.architecture
+    job.log.log_json(architecture.to_json(), ARCHITECTURE_FILE)
     if architecture.space == "darts":
         genotype = DartsSpace().genotype(architecture)
         job.log.log_json(genotype.to_json(), "genotype.json")
         job.log.log_figure(draw_cells(genotype), "pictures/cells.png")
-    job.log.log_json(architecture.to_json(), "architecture.json")
     job.log.set_tags({"lineage.training_run": best.run_id, "genotype.digest": architecture.digest})
-    sample = task.images.gather(task.splits.val[:SAMPLE_IMAGES]).permute(0, 2, 3, 1)
-    tags: Mapping[str, Any] = {
-        "genotype_digest": architecture.digest,
-        "macs": best.macs,
-        "params": best.parameters,
-        "test_accuracy": accuracy.mean,
-        "random_accuracy": random_accuracy.mean,
-    }
-    registered = register(
-        job.log,
-        name,
-        best.load().network,
-        task,
-        sample=sample.contiguous().numpy(),
-        description=(
-            f"A {architecture.space} network of {architecture.skeleton.cells} cells and "
-            f"{architecture.skeleton.channels} channels for {task.name}: test accuracy "
-            f"{accuracy.mean:.2%} over {accuracy.n} seeds, random networks "
-            f"{random_accuracy.mean:.2%}. Takes raw uint8 images [N, H, W, C], returns "
-            "probabilities."
-        ),
-        tags=tags,
-        validation_accuracy=best.validation_accuracy,
+    lineage = {key: value for key, value in job.log.tags().items() if key.startswith(LINEAGE)}
+
+    def body(step: StepRun) -> Mapping[str, Any]:
+        registered = _register(step.log, task, comparison, name)
+        return asdict(registered)
+
+    outcome = run_step(
+        "register",
+        f"register {name}",
+        {"name": name, "network": best.digest, "accuracy": asdict(comparison.accuracy)},
+        body,
+        parent=job.log,
+        # the version may have been deleted since it was registered
+        fresh=job.machine.fresh or not is_registered(job.log.tracker, name),
+        tags={"target": task.name, **lineage},
         say=say,
     )
+    registered = Registered(**outcome.results)
     job.log.set_tags(
         {
             "model.name": registered.name,
@@ -194,6 +176,35 @@ def _register(
     return registered
 
 
+def _register(log: RunLog, task: ImageTask, comparison: Comparison, name: str) -> Registered:
+    best, accuracy = comparison.best, comparison.accuracy
+    random_accuracy = comparison.random_accuracy
+    skeleton = best.architecture.skeleton
+    sample = task.images.gather(task.splits.val[:SAMPLE_IMAGES]).permute(0, 2, 3, 1)
+    return register(
+        log,
+        name,
+        best.load().network,
+        task,
+        sample=sample.contiguous().numpy(),
+        description=(
+            f"A {best.architecture.space} network of {skeleton.cells} cells and "
+            f"{skeleton.channels} channels for {task.name}: test accuracy {accuracy.mean:.2%} "
+            f"over {accuracy.n} seeds, random networks {random_accuracy.mean:.2%}. Takes raw "
+            "uint8 images [N, H, W, C], returns probabilities [N, classes]."
+        ),
+        tags={
+            "genotype_digest": best.architecture.digest,
+            "macs": best.macs,
+            "params": best.parameters,
+            "test_accuracy": accuracy.mean,
+            "random_accuracy": random_accuracy.mean,
+        },
+        validation_accuracy=best.validation_accuracy,
+        say=say,
+    )
+
+
 def _bounds(name: str, interval: Interval) -> dict[str, float]:
     return {
         name: interval.mean,
@@ -202,9 +213,15 @@ def _bounds(name: str, interval: Interval) -> dict[str, float]:
     }
 
 
-def summarise(job: Job, task: ImageTask, architecture: str, comparison: Comparison) -> Summary:
+def summarise(
+    job: Job,
+    task: ImageTask,
+    architecture: str,
+    comparison: Comparison,
+    registered: Registered,
+) -> Summary:
     """The table that ends a job; ``architecture`` says what was trained."""
-    best, registered = comparison.best, comparison.registered
+    best = comparison.best
     return Summary(
         target=task.name,
         architecture=architecture,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
+from threading import Lock
 from types import TracebackType
 
 from rich import box
@@ -136,13 +138,12 @@ class ProgressObserver(Observer):
         self._training: _Loop | None = None  # the loop whose epochs are told
         self._last_line = clock()
         self._warned: set[str] = set()
-        self._bar = _make_bar(console) if console.is_interactive else None
+        self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> ProgressObserver:
-        if self._bar:
-            say(self._description, self._console)
-            self._bar.start()
+        if self._console.is_interactive:
+            self._bar = _bars(self._console).join()
         return self
 
     def __exit__(
@@ -152,7 +153,7 @@ class ProgressObserver(Observer):
         trace: TracebackType | None,
     ) -> None:
         if self._bar:
-            self._bar.stop()
+            _bars(self._console).leave(self._tasks.values())
 
     def on_batch(self, event: BatchEvent) -> None:
         now = self._clock()
@@ -188,7 +189,7 @@ class ProgressObserver(Observer):
             self._tasks[event.phase],
             total=event.epochs * event.batches,
             completed=_batches_done(event),
-            description=" ".join([_epoch(event), *loop.figures()]),
+            description=" ".join([f"{self._description}: {_epoch(event)}", *loop.figures()]),
         )
 
     def _print_line(self, loop: _Loop, *more: str) -> None:
@@ -286,6 +287,37 @@ def _epoch(event: BatchEvent) -> str:
     return f"{word} {event.epoch + 1}/{event.epochs}"
 
 
-def _make_bar(console: Console) -> Progress:
-    status = TextColumn("{task.description}", markup=False)
-    return Progress(BarColumn(bar_width=None), status, console=console, expand=True)
+class _Bars:
+    """The live display of a console: one for all loops that run side by side."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._users, self._lock = console, 0, Lock()
+        self._progress: Progress | None = None
+
+    def join(self) -> Progress:
+        """The display, which starts with its first user."""
+        with self._lock:
+            if self._progress is None:
+                status = TextColumn("{task.description}", markup=False)
+                bar = BarColumn(bar_width=None)
+                self._progress = Progress(bar, status, console=self._console, expand=True)
+                self._progress.start()
+            self._users += 1
+            return self._progress
+
+    def leave(self, tasks: Iterable[TaskID]) -> None:
+        """Remove a user's bars; the display goes with its last user."""
+        with self._lock:
+            if self._progress is None:
+                return
+            for task in tasks:
+                self._progress.remove_task(task)
+            self._users -= 1
+            if self._users == 0:
+                self._progress.stop()
+                self._progress = None
+
+
+@cache
+def _bars(console: Console) -> _Bars:
+    return _Bars(console)

@@ -18,6 +18,7 @@ from nas.observer import EpochRecord, Observer
 from pipeline.console import Observers, ProgressObserver, say
 from pipeline.settings import DataSettings
 from pipeline.steps import home
+from pipeline.team import Team
 from pipeline.tracking import RunLog, Tracker, connect
 
 
@@ -28,12 +29,16 @@ class Machine:
     Attributes:
         device: "auto", "cpu" or "cuda[:N]".
         workers: processes that decode the images of a set too large for memory.
+        parallel: networks trained side by side; None is one a core, and one at a time on a GPU.
+        threads: cores that a single step uses; None leaves it to PyTorch.
         data: folder of downloaded data sets; None is a folder of the user's cache.
         fresh: never reuse a finished step or go on with a killed one.
     """
 
     device: str = "auto"
     workers: int = 0
+    parallel: int | None = None
+    threads: int | None = None
     data: Path | None = None
     fresh: bool = False
 
@@ -45,6 +50,7 @@ class Job:
     log: RunLog
     machine: Machine
     device: torch.device
+    team: Team
 
     def load(self, settings: DataSettings) -> ImageTask:
         """Load a data set and say what it is."""
@@ -77,9 +83,13 @@ def open_job(
         TrackingError: the tracking store cannot be used.
     """
     device = pick_device(machine.device)
-    with connect().open_run(name, tags=tags) as log:
+    one_a_core = torch.get_num_threads() if device.type == "cpu" else 1
+    team = Team(machine.parallel or one_a_core)
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    with connect().open_run(name, tags=tags) as log, team:
         log.log_params(params)
-        yield Job(log, machine, device)
+        yield Job(log, machine, device, team)
 
 
 class RunObserver(Observer):
@@ -96,10 +106,10 @@ class RunObserver(Observer):
 
 
 @contextmanager
-def watched(title: str, log: RunLog) -> Iterator[Observer]:
+def watched(title: str, log: RunLog, *more: Observer) -> Iterator[Observer]:
     """An observer that shows progress and logs to ``log``."""
     with ProgressObserver(title) as progress:
-        yield Observers(RunObserver(log), progress)
+        yield Observers(RunObserver(log), progress, *more)
 
 
 def flat(prefix: str, config: Any) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from pipeline.console import say
 from pipeline.figures import draw_cells, draw_learning_curves
 from pipeline.job import Job, flat, watched
 from pipeline.steps import StepRun, run_step, step_digest
-from pipeline.tuning import sampled_search
+from pipeline.tuning import FAILURES, Proposal, sampled_search
 
 NETWORK_FILE = "network.safetensors"
 TRANSFERRED, RANDOM = "transferred", "random"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trained:
     """One trained network: the run that has it, and how it did on the validation split."""
 
@@ -70,7 +70,7 @@ def train_step(
             device=job.device,
             workers=job.machine.workers,
         )
-        with watched(title, step.log) as observer:
+        with watched(title, step.log, job.team.observer) as observer:
             result = training.run(step.checkpoint, observer)
         trained = TrainedNetwork(result.network, architecture, task.shape)
         save_network(step.directory / NETWORK_FILE, trained)
@@ -137,52 +137,57 @@ def train_step(
     )
 
 
-def train_over_seeds(
-    job: Job, task: ImageTask, architecture: Architecture, config: TrainConfig, seeds: Sequence[int]
-) -> list[Trained]:
-    """The transferred architecture, trained once from each seed."""
-    return [
-        train_step(
-            job,
-            task,
-            architecture,
-            config,
-            seed,
-            label=f"transferred, seed {seed}",
-            group=TRANSFERRED,
-        )
-        for seed in seeds
-    ]
+def train_beside_random(
+    job: Job,
+    task: ImageTask,
+    architecture: Architecture,
+    config: TrainConfig,
+    seeds: Sequence[int],
+) -> tuple[list[Trained], list[Trained]]:
+    """``architecture`` once from each seed, and as many random ones: the honest baseline.
 
-
-def train_random(
-    job: Job, task: ImageTask, like: Architecture, config: TrainConfig, count: int, seed: int
-) -> list[Trained]:
-    """The honest baseline: ``count`` random architectures of the same space and skeleton, by the
-    same recipe.
+    The random architectures are of the same space and skeleton and are trained by the same
+    recipe. One that cannot be trained is noted with its reason and another takes its place.
 
     Raises:
         NASError: too many of them could not be trained.
     """
-    trained: dict[int, Trained] = {}
 
-    def score(number: int, architecture: Architecture) -> float:
-        trained[number] = train_step(
-            job,
-            task,
-            architecture,
-            config,
-            derive_seed(seed, "random baseline", number) % 2**31,
-            label=f"random {number}",
-            group=RANDOM,
-        )
-        return trained[number].validation_accuracy
+    def train_seed(seed: int) -> Trained:
+        label = f"transferred, seed {seed}"
+        return train_step(job, task, architecture, config, seed, label=label, group=TRANSFERRED)
 
+    random: dict[int, Trained] = {}
+
+    def train_proposal(proposal: Proposal) -> float | Exception:
+        number = proposal.number
+        try:
+            random[number] = train_step(
+                job,
+                task,
+                proposal.architecture,
+                config,
+                derive_seed(seeds[0], "random baseline", number) % 2**31,
+                label=f"random {number}",
+                group=RANDOM,
+            )
+        except FAILURES as error:
+            return error
+        return random[number].validation_accuracy
+
+    transferred = job.team.start(train_seed, seeds)
     outcomes = sampled_search(
-        "random", find_space(like.space), like.skeleton, score, wanted=count, seed=seed
+        "random",
+        find_space(architecture.space),
+        architecture.skeleton,
+        lambda proposals: job.team.map(train_proposal, proposals),
+        wanted=len(seeds),
+        together=len(seeds),  # random proposals need not wait for one another's scores
+        seed=seeds[0],
     )
     failed = {str(o.number): o.reason for o in outcomes if o.reason is not None}
     if failed:
         say(f"{len(failed)} random networks could not be trained: {'; '.join(failed.values())}")
         job.log.set_tags({"random.failed": json.dumps(failed)})
-    return [trained[o.number] for o in outcomes if o.score is not None]
+    scored = [random[o.number] for o in outcomes if o.score is not None]
+    return job.team.finish(transferred), scored

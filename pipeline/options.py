@@ -163,6 +163,14 @@ Workers = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+Parallel = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Networks trained side by side; by default one a core, and one at a time on a GPU.",
+        rich_help_panel=MACHINE,
+    ),
+]
 DataRoot = Annotated[
     Path | None,
     typer.Option(

@@ -18,6 +18,7 @@ class Preset:
         channels, cells: of the final network.
         training: its recipe.
         largest: images above this side are scaled down to it, unless a size is asked for.
+        threads: cores for a single step; None leaves it to PyTorch.
         quick_search: scale the search down to minutes on two cores, too.
     """
 
@@ -26,6 +27,7 @@ class Preset:
     cells: int
     training: TrainConfig
     largest: int | None = None
+    threads: int | None = None
     quick_search: bool = False
 
     def search(self, method: Method) -> SearchConfig:
@@ -58,6 +60,7 @@ PRESETS = {
         cells=4,
         training=TRAINING_PRESETS["quick"],
         largest=14,
+        threads=1,  # tensors this small are faster on one core than shared by two
         quick_search=True,
     ),
     "paper-cifar": Preset(

@@ -166,6 +166,12 @@ def register(
     return Registered(name, str(made.version), alias, uri, model_id)
 
 
+def is_registered(tracker: Tracker, name: str) -> bool:
+    """Whether the registry has a model of that name."""
+    with tracker.reported("list its models"):
+        return bool(tracker.client.search_registered_models(f"name = '{name}'"))
+
+
 def resolve(tracker: Tracker, uri: str) -> RegisteredNetwork:
     """Load ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``; ``NAME`` alone is its champion.
 

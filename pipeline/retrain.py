@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nas.architecture import Skeleton
-from pipeline.compare import Comparison, compare, summarise
+from pipeline.compare import Comparison, compare, register_step, summarise
 from pipeline.console import print_summary
 from pipeline.job import Machine, flat, open_job
 from pipeline.settings import CompareSettings, DataSettings, StackSettings
@@ -49,5 +49,6 @@ def retrain(settings: RetrainSettings, machine: Machine) -> Comparison:
             {"lineage.architecture": settings.architecture, "lineage.target_digest": task.digest}
         )
         comparison = compare(job, task, settings.stack.apply(given, task), settings.compare)
-        print_summary(summarise(job, task, settings.architecture, comparison))
+        registered = register_step(job, task, comparison, settings.compare.model_name)
+        print_summary(summarise(job, task, settings.architecture, comparison, registered))
     return comparison

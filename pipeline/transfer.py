@@ -9,7 +9,7 @@ from nas.architecture import Architecture
 from nas.data import ImageTask, fit_linear
 from nas.errors import UnknownNameError
 from nas.search import Method, SearchConfig
-from pipeline.compare import Comparison, compare, summarise
+from pipeline.compare import Comparison, compare, register_step, summarise
 from pipeline.console import Summary, print_summary
 from pipeline.job import Job, Machine, flat, open_job
 from pipeline.search import SUPERNET_FILE, Found, search_step
@@ -65,8 +65,10 @@ def transfer(settings: TransferSettings, machine: Machine) -> Summary:
         architecture = TRANSFERS[settings.transfer](found, target, settings)
         _log_lineage(job, source, target, found)
         comparison = compare(job, target, architecture, settings.compare)
+        registered = register_step(job, target, comparison, settings.compare.model_name)
+        how = f"{settings.method.name}, {settings.transfer} transfer"
         summary = replace(
-            summarise(job, target, f"{settings.method.name}, {settings.transfer}", comparison),
+            summarise(job, target, how, comparison, registered),
             source=source_name,
             linear_source_accuracy=fit_linear(source).accuracy(source, "val"),
             search_seconds=found.seconds,

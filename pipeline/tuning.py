@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import optuna
@@ -24,9 +24,21 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
 SPARE_TRIALS = 2  # a search tries this many times the wanted number before it gives up
 
 
+# What may befall one network of many without ending the search.
+FAILURES = (NonFiniteLossError, torch.OutOfMemoryError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An architecture that a sampler wants scored."""
+
+    number: int
+    architecture: Architecture
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one proposed architecture: a score, or the reason why there is none."""
+    """What became of a proposal: a score, or the reason why there is none."""
 
     number: int
     architecture: Architecture
@@ -38,10 +50,11 @@ def sampled_search(
     sampler: str,
     space: Space,
     skeleton: Skeleton,
-    score: Callable[[int, Architecture], float],
+    evaluate: Callable[[Sequence[Proposal]], Sequence[float | Exception]],
     *,
     wanted: int,
     seed: int,
+    together: int = 1,
 ) -> list[Outcome]:
     """Ask ``sampler`` for architectures of ``space`` until ``wanted`` of them have a score.
 
@@ -49,7 +62,9 @@ def sampled_search(
     reason, and the search goes on.
 
     Args:
-        score: takes the trial's number and its architecture; larger is better.
+        evaluate: the score of each proposal, larger is better, or one of ``FAILURES``.
+        together: proposals asked for before their scores are told. A sampler that learns from
+            scores proposes otherwise for another number; a random one does not.
 
     Raises:
         UnknownNameError: no sampler has that name.
@@ -57,43 +72,41 @@ def sampled_search(
     """
     if sampler not in SAMPLERS:
         raise UnknownNameError("sampler", sampler, SAMPLERS)
-    distributions: dict[str, BaseDistribution] = {
-        name: CategoricalDistribution(choices) for name, choices in space.decisions().items()
-    }
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
     outcomes: list[Outcome] = []
-    for trial, decisions in _proposals(study, sampler, distributions, seed):
-        architecture = space.architecture(decisions, skeleton)
-        try:
-            value = score(trial.number, architecture)
-        except (NonFiniteLossError, torch.OutOfMemoryError, MemoryError) as error:
-            study.tell(trial, state=TrialState.FAIL)
-            outcomes.append(Outcome(trial.number, architecture, None, _reason(error)))
-        else:
-            study.tell(trial, value)
-            outcomes.append(Outcome(trial.number, architecture, value, None))
-        if sum(outcome.score is not None for outcome in outcomes) == wanted:
-            return outcomes
-        if len(outcomes) == SPARE_TRIALS * wanted:
-            break
-    raise NASError(
-        f"only {sum(o.score is not None for o in outcomes)} of {len(outcomes)} sampled networks "
-        f"could be trained and {wanted} are wanted; the last reason was: {outcomes[-1].reason}"
-    )
+    while (scored := sum(outcome.score is not None for outcome in outcomes)) < wanted:
+        if len(outcomes) >= SPARE_TRIALS * wanted:
+            raise NASError(
+                f"only {scored} of {len(outcomes)} sampled networks could be trained and {wanted} "
+                f"are wanted; the last reason was: {outcomes[-1].reason}"
+            )
+        trials = [_ask(study, sampler, space, seed) for _ in range(min(together, wanted - scored))]
+        proposals = [
+            Proposal(trial.number, space.architecture(trial.params, skeleton)) for trial in trials
+        ]
+        for trial, proposal, score in zip(trials, proposals, evaluate(proposals), strict=True):
+            outcomes.append(_tell(study, trial, proposal, score))
+    return outcomes
 
 
-def _proposals(
-    study: optuna.Study,
-    sampler: str,
-    distributions: Mapping[str, BaseDistribution],
-    seed: int,
-) -> Iterator[tuple[optuna.Trial, dict[str, str]]]:
-    while True:
-        # Optuna seeds NumPy's generator, which takes 32 bits.
-        study.sampler = SAMPLERS[sampler](derive_seed(seed, sampler, len(study.trials)) % 2**32)
-        trial = study.ask(dict(distributions))
-        yield trial, {name: str(choice) for name, choice in trial.params.items()}
+def _ask(study: optuna.Study, sampler: str, space: Space, seed: int) -> optuna.Trial:
+    distributions: dict[str, BaseDistribution] = {
+        name: CategoricalDistribution(choices) for name, choices in space.decisions().items()
+    }
+    # Optuna seeds NumPy's generator, which takes 32 bits.
+    study.sampler = SAMPLERS[sampler](derive_seed(seed, sampler, len(study.trials)) % 2**32)
+    return study.ask(distributions)
+
+
+def _tell(
+    study: optuna.Study, trial: optuna.Trial, proposal: Proposal, score: float | Exception
+) -> Outcome:
+    if isinstance(score, Exception):
+        study.tell(trial, state=TrialState.FAIL)
+        return Outcome(proposal.number, proposal.architecture, None, _reason(score))
+    study.tell(trial, score)
+    return Outcome(proposal.number, proposal.architecture, score, None)
 
 
 def _reason(error: Exception) -> str:

@@ -8,6 +8,7 @@ parameters go down the validation gradient, then the weights go down the trainin
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -186,7 +187,7 @@ class BilevelSearch(ResumableLoop[Pair]):
         weights: Tensor | None = None,
         update_statistics: bool = True,
     ) -> Tensor:
-        with mixed_precision(self.device):
+        with nullcontext() if self.method.full_precision else mixed_precision(self.device):
             scores = self.supernet(
                 batch.images, mixing, weights=weights, update_statistics=update_statistics
             )
@@ -199,6 +200,8 @@ class BilevelSearch(ResumableLoop[Pair]):
             crop_padding=config.crop_padding, flip=config.flip and task.flip
         )
 
+        # The supernet is evaluated by the statistics of each batch, too: a batch in stored order
+        # may hold a single class, and a short one has poor statistics.
         def batches(indices: Tensor, stream: str, augment: bool) -> Batches:
             return Batches(
                 task,
@@ -208,8 +211,8 @@ class BilevelSearch(ResumableLoop[Pair]):
                 stream=stream,
                 device=self.device,
                 augmentation=augmentation if augment else None,
-                shuffle=augment,
-                drop_last=augment,
+                shuffle=True,
+                drop_last=True,
                 workers=workers,
             )
 

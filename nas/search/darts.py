@@ -24,6 +24,7 @@ class SecondOrderDarts(Method):
 
     name = "darts-2nd"
     summary = "DARTS, second order: unrolled step with momentum (arXiv 1806.09055)"
+    full_precision = True  # the difference between w+ and w- drowns in bfloat16
 
     def architecture_gradients(
         self, search: BilevelSearch, train: Batch, validation: Batch
@@ -40,7 +41,7 @@ class SecondOrderDarts(Method):
         *outer, direction = torch.autograd.grad(total, [*parameters, unrolled])
 
         with torch.no_grad():
-            epsilon = PERTURBATION / direction.norm()
+            epsilon = PERTURBATION / direction.norm().clamp_min(1e-12)  # it may be exactly 0
             shift = epsilon * direction
         plus = self._train_gradients(search, train, weights.detach() + shift)
         minus = self._train_gradients(search, train, weights.detach() - shift)

@@ -47,10 +47,10 @@ class SearchConfig:
     skip_limit: int = 2
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1:
+        if self.epochs < 1 or self.batch_size < 2:  # a batch is normalised by its own statistics
             raise ConfigurationError(
-                f"a search needs epochs and a batch size of at least 1, not {self.epochs} and "
-                f"{self.batch_size}"
+                "a search needs at least 1 epoch and a batch size of at least 2, not "
+                f"{self.epochs} and {self.batch_size}"
             )
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ConfigurationError(
@@ -60,10 +60,14 @@ class SearchConfig:
 
 
 class Method:
-    """A differentiable search method: first-order DARTS, unless a subclass overrides a hook."""
+    """A differentiable search method: first-order DARTS, unless a subclass overrides a hook.
+
+    ``full_precision`` keeps the whole search out of mixed precision.
+    """
 
     name = "darts"
     summary = "DARTS, first order (arXiv 1806.09055)"
+    full_precision = False
 
     def paper_config(self) -> SearchConfig:
         """The settings of the method's paper on CIFAR-10."""

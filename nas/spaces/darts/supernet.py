@@ -73,13 +73,19 @@ class Mixing:
         return Mixing(self.operations.detach(), edges, self.active)
 
     def discretised(self, genotype: Genotype) -> Mixing:
-        """Only the genotype's operations, each with weight 1; edge weights as they are."""
+        """Only the genotype's operations, each with weight 1; edge weights as they are.
+
+        The other edges get weight zero: their operations and, with partial channels, what passes
+        them by are no part of the discrete cell.
+        """
         chosen = torch.zeros(self.operations.shape, dtype=torch.bool)
         for cell, genes in enumerate((genotype.normal, genotype.reduce)):
             for position, gene in enumerate(genes):
                 edge = EDGES.index((gene.source, 2 + position // 2))
                 chosen[cell, edge, OPERATIONS.index(gene.operation)] = True
-        return Mixing(chosen.to(self.operations), self.edges, chosen)
+        kept = chosen.any(-1).to(self.operations)
+        edges = kept if self.edges is None else self.edges * kept
+        return Mixing(chosen.to(self.operations), edges, chosen)
 
 
 class Supernet(nn.Module):

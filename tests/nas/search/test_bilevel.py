@@ -1,0 +1,436 @@
+"""The loop that all differentiable searches share: what each level learns from, hooks, resuming."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from searches import Killed, Killer, Listener, exact, in_double, make_search, outcome, pair
+from torch import Tensor
+
+import nas.loop
+from nas.data import ImageTask, TensorImages, halves
+from nas.errors import CheckpointError, ConfigurationError, NonFiniteLossError
+from nas.search import METHODS, BilevelSearch, Method, SearchConfig
+from nas.spaces.darts import PUBLISHED, derive
+from nas.spaces.darts.supernet import Mixing, Supernet, SupernetConfig
+
+
+def fail(gradient: Tensor) -> Tensor:
+    raise AssertionError("a gradient that nobody asked for")
+
+
+# ---- the two levels ----
+
+
+def test_first_order_is_the_validation_gradient_at_todays_weights(few_digits: ImageTask) -> None:
+    search = in_double(make_search(few_digits, "pcdarts"))
+    train, validation = pair(search)
+    supernet = search.supernet
+    scores = supernet(validation.images, search.method.mixing(supernet), update_statistics=False)
+    expected = torch.autograd.grad(
+        F.cross_entropy(scores, validation.labels), [supernet.alphas, supernet.betas]
+    )
+    ours = search.method.architecture_gradients(search, train, validation)
+    assert len(ours) == 2
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+        assert theirs.any()
+
+
+@pytest.mark.parametrize("method", ["darts", "pcdarts"])
+def test_architecture_step_asks_for_no_weight_gradient(method: str, few_digits: ImageTask) -> None:
+    search = make_search(few_digits, method)
+    train, validation = pair(search)
+    search.supernet.weights.register_hook(fail)
+    before = exact(search.supernet.weights)
+    architecture = [exact(p) for p in search.supernet.architecture_parameters()]
+    search.architecture_step(train, validation)
+    assert search.supernet.weights.grad is None
+    assert exact(search.supernet.weights) == before
+    after = [exact(p) for p in search.supernet.architecture_parameters()]
+    assert all(old != new for old, new in zip(architecture, after, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weight_step_asks_for_no_architecture_gradient(method: str, few_digits: ImageTask) -> None:
+    search = make_search(few_digits, method)
+    train, _ = pair(search)
+    for parameter in search.supernet.architecture_parameters():
+        parameter.register_hook(fail)
+    before = exact(search.supernet.weights)
+    architecture = [exact(p) for p in search.supernet.architecture_parameters()]
+    search.weight_step(train)
+    assert exact(search.supernet.weights) != before
+    assert [exact(p) for p in search.supernet.architecture_parameters()] == architecture
+    assert all(p.grad is None for p in search.supernet.architecture_parameters())
+
+
+def test_weight_step_is_clipped_sgd(few_digits: ImageTask) -> None:
+    """Two steps by the formula: clip to the norm, decay, momentum, rate."""
+    search = in_double(make_search(few_digits, gradient_clip=0.5, weight_decay=0.01))
+    config, weights = search.config, search.supernet.weights
+    train, _ = pair(search)
+    expected, momentum = weights.detach().clone(), torch.zeros_like(weights)
+    for _ in range(2):
+        mixing = search.method.mixing(search.supernet)
+        scores = search.supernet(train.images, mixing, update_statistics=False)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(scores, train.labels), [weights])
+        assert gradient.norm() > 0.5
+        gradient = gradient * 0.5 / gradient.norm() + 0.01 * expected
+        momentum = 0.9 * momentum + gradient
+        expected = expected - config.learning_rate * momentum
+        search.weight_step(train)
+        torch.testing.assert_close(weights.detach(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_levels_learn_from_disjoint_halves(few_digits: ImageTask) -> None:
+    search = make_search(few_digits)
+    first, second = halves(few_digits, 0)
+    sizes = search.train_batches.images_per_epoch, search.validation_batches.images_per_epoch
+    assert not set(first.tolist()) & set(second.tolist())
+    assert not set(torch.cat([first, second]).tolist()) & set(few_digits.splits.test.tolist())
+    assert sizes == (len(first) // 16 * 16, len(second) // 16 * 16)
+    train, validation = pair(search)
+    assert not torch.equal(train.images, validation.images)
+
+
+def test_learning_rate_is_half_a_cosine(few_digits: ImageTask) -> None:
+    search = make_search(few_digits, epochs=4, learning_rate=0.1, learning_rate_end=0.02)
+    rates = []
+    for search.epoch in range(4):
+        search.batches()
+        rates.append(search.weight_optimiser.param_groups[0]["lr"])
+    half = math.sqrt(0.5)
+    assert rates == pytest.approx([0.1, 0.06 + 0.04 * half, 0.06, 0.06 - 0.04 * half])
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "batch"), [(0, 0, 8), (2, 2, 8), (2, -1, 8), (2, 0, 1)])
+def test_impossible_settings_are_refused(epochs: int, warmup: int, batch: int) -> None:
+    with pytest.raises(ConfigurationError):
+        SearchConfig(epochs=epochs, warmup_epochs=warmup, batch_size=batch)
+
+
+def test_warmup_freezes_the_architecture(few_digits: ImageTask) -> None:
+    search = make_search(few_digits, "pcdarts", epochs=3, warmup_epochs=2)
+    before = [exact(p) for p in search.supernet.architecture_parameters()]
+    seen: list[bool] = []
+
+    class Watch(Listener):
+        def on_epoch(self, record: object) -> None:
+            now = [exact(p) for p in search.supernet.architecture_parameters()]
+            seen.append(now == before)
+
+    history = search.run(observer=Watch()).mixing_history
+    assert seen == [True, True, False]
+    assert torch.equal(history[0], history[1])
+    assert not torch.equal(history[1], history[2])
+
+
+# ---- hooks ----
+
+
+class Tilted(Method):
+    """Weights learn under other mixing weights, and skips are punished in the architecture step."""
+
+    name = "tilted"
+
+    def __init__(self, strength: float, tilt: float) -> None:
+        self.strength, self.tilt = strength, tilt
+        self.ended: list[int] = []
+
+    def weight_mixing(self, search: BilevelSearch) -> Mixing:
+        mixing = self.mixing(search.supernet)
+        return replace(mixing, operations=mixing.operations * self.tilt)
+
+    def penalty(self, search: BilevelSearch) -> Tensor | None:
+        return self.strength * search.supernet.alphas[..., 3].square().sum()
+
+    def between_epochs(self, search: BilevelSearch, epoch: int) -> None:
+        self.ended.append(epoch)
+
+
+def test_penalty_adds_its_own_gradient(few_digits: ImageTask) -> None:
+    plain = in_double(make_search(few_digits, Tilted(0.0, 1.0)))
+    punished = in_double(make_search(few_digits, Tilted(2.5, 1.0)))
+    (without,) = plain.method.architecture_gradients(plain, *pair(plain))
+    (with_it,) = punished.method.architecture_gradients(punished, *pair(punished))
+    expected = torch.zeros_like(without)
+    expected[..., 3] = 2 * 2.5 * punished.supernet.alphas.detach()[..., 3]
+    torch.testing.assert_close(with_it - without, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_weight_mixing_changes_the_weight_step_only(few_digits: ImageTask) -> None:
+    plain, tilted = (make_search(few_digits, Tilted(0.0, tilt)) for tilt in (1.0, 0.5))
+    gradients = [s.method.architecture_gradients(s, *pair(s))[0] for s in (plain, tilted)]
+    assert torch.equal(*gradients)
+    for search in (plain, tilted):
+        search.weight_step(pair(search)[0])
+    assert not torch.equal(plain.supernet.weights, tilted.supernet.weights)
+
+
+def test_between_epochs_is_called_after_each(few_digits: ImageTask) -> None:
+    method = Tilted(0.0, 1.0)
+    make_search(few_digits, method).run()
+    assert method.ended == [0, 1]
+
+
+def test_what_between_epochs_changes_is_in_the_checkpoint(
+    few_digits: ImageTask, tmp_path: Path
+) -> None:
+    class Forgetful(Method):
+        def between_epochs(self, search: BilevelSearch, epoch: int) -> None:
+            with torch.no_grad():
+                search.supernet.alphas.zero_()
+
+    undisturbed = make_search(few_digits, Forgetful()).run()
+    with pytest.raises(Killed):
+        make_search(few_digits, Forgetful()).run(tmp_path / "c", Killer(6))
+    resumed = make_search(few_digits, Forgetful()).run(tmp_path / "c")
+    assert outcome(resumed) == outcome(undisturbed)
+
+
+# ---- repeatable and resumable ----
+
+
+@pytest.fixture(scope="module")
+def undisturbed(few_digits: ImageTask) -> dict[str, dict[str, object]]:
+    return {name: outcome(make_search(few_digits, name).run()) for name in METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_seed_decides_every_bit(
+    method: str, few_digits: ImageTask, undisturbed: dict[str, dict[str, object]]
+) -> None:
+    torch.manual_seed(123)  # global randomness plays no part
+    assert outcome(make_search(few_digits, method).run()) == undisturbed[method]
+    other = outcome(make_search(few_digits, method, seed=1).run())
+    assert other["weights"] != undisturbed[method]["weights"]
+    assert other["alphas"] != undisturbed[method]["alphas"]
+
+
+@pytest.mark.parametrize("every_batch", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_and_resumed_ends_with_the_same_bits(
+    method: str,
+    every_batch: bool,
+    few_digits: ImageTask,
+    undisturbed: dict[str, dict[str, object]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed twice, at random batches; saved after each epoch, or after each batch."""
+    if every_batch:
+        monkeypatch.setattr(nas.loop, "CHECKPOINT_SECONDS", 0.0)
+    steps = make_search(few_digits, method).steps
+    assert steps >= 4
+    kill = random.Random(f"{method}{every_batch}").randrange(1, 2 * steps)
+    path = tmp_path / "search.safetensors"
+    with pytest.raises(Killed):
+        make_search(few_digits, method).run(path, Killer(kill))
+    with pytest.raises(Killed):
+        make_search(few_digits, method).run(path, Killer(1))
+    if every_batch and kill > 2:
+        listener = Listener()
+        result = make_search(few_digits, method).run(path, listener)
+        assert len(listener.batches) < 2 * steps  # it did not begin anew
+    else:
+        result = make_search(few_digits, method).run(path)
+    assert outcome(result) == undisturbed[method]
+
+
+def test_killed_after_the_last_batch_of_an_epoch(
+    few_digits: ImageTask,
+    undisturbed: dict[str, dict[str, object]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The checkpoint stands between the last batch and the epoch's summary."""
+    monkeypatch.setattr(nas.loop, "CHECKPOINT_SECONDS", 0.0)
+
+    class DiesInSummary(Method):
+        def between_epochs(self, search: BilevelSearch, epoch: int) -> None:
+            raise Killed
+
+    with pytest.raises(Killed):
+        make_search(few_digits, DiesInSummary()).run(tmp_path / "c")
+    listener = Listener()
+    search = make_search(few_digits, "darts")
+    assert outcome(search.run(tmp_path / "c", listener)) == undisturbed["darts"]
+    assert len(listener.batches) == search.steps  # of the second epoch only
+
+
+def test_a_finished_search_is_only_read(few_digits: ImageTask, tmp_path: Path) -> None:
+    finished = make_search(few_digits).run(tmp_path / "c")
+    listener = Listener()
+    again = make_search(few_digits).run(tmp_path / "c", listener)
+    assert outcome(again) == outcome(finished)
+    assert listener.batches == []
+    assert again.seconds >= finished.seconds
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"method": "darts-2nd"}, {"seed": 1}, {"learning_rate": 0.2}, {"epochs": 3},
+     {"supernet": SupernetConfig(channels=4, cells=2)}],
+)  # fmt: skip
+def test_a_checkpoint_of_another_search_is_refused(
+    other: dict[str, object], few_digits: ImageTask, tmp_path: Path
+) -> None:
+    path = tmp_path / "c"
+    with pytest.raises(Killed):
+        make_search(few_digits).run(path, Killer(6))
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="another search"):
+        make_search(few_digits, **other).run(path)  # type: ignore[arg-type]
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_other_data_is_refused(few_digits: ImageTask, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        make_search(few_digits).run(tmp_path / "c", Killer(6))
+    with pytest.raises(CheckpointError, match="another search"):
+        make_search(replace(few_digits, digest="0" * 64)).run(tmp_path / "c")
+
+
+# ---- what it reports ----
+
+
+def test_records_and_events(few_digits: ImageTask) -> None:
+    listener = Listener()
+    search = make_search(few_digits, "pcdarts")
+    result = search.run(observer=listener)
+    assert [(e.epoch, e.batch) for e in listener.batches] == [
+        (epoch, batch) for epoch in range(2) for batch in range(1, search.steps + 1)
+    ]
+    assert {(e.phase, e.epochs, e.batches, e.images) for e in listener.batches} == {
+        ("search", 2, search.steps, 32)
+    }
+    assert listener.epochs == list(result.records)
+    for record in result.records:
+        metrics = record.metrics
+        assert set(metrics) == {
+            "train/loss", "train/accuracy", "val/loss", "val/accuracy", "discretised/accuracy",
+            "discretised/gap", "alpha/entropy_normal", "alpha/entropy_reduce", "skip/normal",
+            "skip/reduce", "lr", "images_per_second", "epoch_seconds", "peak_memory_mb",
+        }  # fmt: skip
+        assert all(math.isfinite(value) for value in metrics.values())
+        gap = metrics["val/accuracy"] - metrics["discretised/accuracy"]
+        assert metrics["discretised/gap"] == pytest.approx(gap)
+    assert result.mixing_history.shape == (2, 2, 14, 8)
+    mixing = search.method.mixing(search.supernet)
+    assert torch.equal(result.mixing_history[-1], mixing.operations)
+    assert result.genotype == derive(mixing.operations, mixing.edges)
+
+
+def test_entropy_starts_at_ln_8(few_digits: ImageTask) -> None:
+    metrics = make_search(few_digits, architecture_learning_rate=1e-6).run().records[0].metrics
+    assert metrics["alpha/entropy_normal"] == pytest.approx(math.log(8), abs=1e-5)
+
+
+class Chosen(Method):
+    """A method whose mixing weights always stand for one genotype."""
+
+    def __init__(self, name: str) -> None:
+        self.genotype = PUBLISHED[name]
+
+    def mixing(self, supernet: Supernet) -> Mixing:
+        plain = super().mixing(supernet)
+        return Mixing(plain.discretised(self.genotype).operations * (1 + supernet.alphas))
+
+
+def test_collapse_is_warned_of(few_digits: ImageTask) -> None:
+    listener = Listener()
+    result = make_search(few_digits, Chosen("DARTS_V1"), skip_limit=2).run(observer=listener)
+    assert result.genotype == PUBLISHED["DARTS_V1"]  # three skips in its normal cell
+    assert [tag for tag, _ in listener.warnings] == ["collapse", "collapse"]
+    assert "3 skip connections after epoch 1, more than 2" in listener.warnings[0][1]
+    assert result.records[0].metrics["skip/normal"] == 3
+
+
+def test_no_collapse_no_warning(few_digits: ImageTask) -> None:
+    listener = Listener()
+    make_search(few_digits, Chosen("DARTS_V1"), skip_limit=3).run(observer=listener)
+    assert listener.warnings == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_search(
+    few_digits: ImageTask, tmp_path: Path
+) -> None:
+    class Poisoned(Method):
+        def between_epochs(self, search: BilevelSearch, epoch: int) -> None:
+            with torch.no_grad():
+                search.supernet.weights[-1] = math.nan
+
+    with pytest.raises(NonFiniteLossError, match=r"epoch 2, batch 1\b.*lower learning rate"):
+        make_search(few_digits, Poisoned()).run(tmp_path / "c")
+
+
+def test_evaluation_does_not_depend_on_the_order_of_the_set(all_digits: ImageTask) -> None:
+    """Folders store their images class by class; batch statistics must not see that."""
+    order = all_digits.labels.argsort(stable=True)
+    place = order.argsort()
+    splits = replace(
+        all_digits.splits,
+        train=place[all_digits.splits.train].sort().values,
+        val=place[all_digits.splits.val].sort().values,
+        test=place[all_digits.splits.test].sort().values,
+    )
+    images = TensorImages(all_digits.images.gather(order))
+    by_class = replace(all_digits, images=images, labels=all_digits.labels[order], splits=splits)
+    batch = next(make_search(by_class, batch_size=64).evaluation_batches.epoch())
+    assert len(batch.labels.unique()) == 10
+
+
+def test_evaluation_changes_nothing(few_digits: ImageTask) -> None:
+    search = make_search(few_digits, "pcdarts")
+    search.weight_step(pair(search)[0])
+    before = {name: exact(tensor) for name, tensor in search.tensors().items()}
+    mixing = search.method.mixing(search.supernet).detach()
+    assert search.accuracy(mixing) == search.accuracy(mixing)
+    assert {name: exact(tensor) for name, tensor in search.tensors().items()} == before
+
+
+def test_the_smallest_images_and_a_last_batch_of_one(few_digits: ImageTask) -> None:
+    """4x4 pixels are 1x1 after two reductions: a lone image has no statistics there."""
+    small = replace(few_digits, images=TensorImages(few_digits.images.gather(torch.arange(200))[..., ::2, ::2]))
+    half = len(halves(small, 0)[1])
+    size = next(size for size in range(16, half) if half % size == 1)
+    settings = {"supernet": SupernetConfig(channels=2, cells=3), "epochs": 1, "batch_size": size}
+    assert len(make_search(small, **settings).run().records) == 1  # type: ignore[arg-type]
+
+
+# ---- does it learn ----
+
+
+def test_a_search_on_real_digits_learns(all_digits: ImageTask) -> None:
+    """Ten classes, so chance is 10 %; a few seconds bring the supernet far above it."""
+    result = make_search(
+        all_digits,
+        "pcdarts",
+        supernet=SupernetConfig(channels=8, cells=2, partial=4, edge_normalisation=True),
+        epochs=3,
+        batch_size=32,
+        learning_rate=0.1,
+    ).run()
+    accuracies = [record.metrics["val/accuracy"] for record in result.records]
+    losses = [record.metrics["train/loss"] for record in result.records]
+    assert accuracies[-1] > 0.6
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+def test_searches_on_a_gpu(method: str, few_digits: ImageTask, tmp_path: Path) -> None:
+    search = make_search(few_digits, method, device=torch.device("cuda"), epochs=1)
+    result = search.run(tmp_path / "c")
+    assert result.supernet.alphas.is_cuda
+    assert math.isfinite(result.records[0].metrics["val/loss"])
+    again = make_search(few_digits, method, device=torch.device("cuda"), epochs=1)
+    assert outcome(again.run(tmp_path / "c")) == outcome(result)
