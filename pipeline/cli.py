@@ -42,7 +42,7 @@ app = typer.Typer(
 def transfer_command(
     source: o.Source = "digits",
     target: o.Target = "animals",
-    method: o.MethodName = "pcdarts",
+    method: o.MethodName = "darts",
     transfer_by: o.TransferName = "cell",
     preset: o.PresetName = "quick",
     seeds: o.Seeds = 3,
@@ -99,7 +99,7 @@ def transfer_command(
 @app.command("search")
 def search_command(
     source: o.Source = "digits",
-    method: o.MethodName = "pcdarts",
+    method: o.MethodName = "darts",
     preset: o.PresetName = "quick",
     seed: o.Seed = 0,
     source_size: o.SourceSize = None,

@@ -52,7 +52,7 @@ class Preset:
         )
 
 
-QUICK_SEARCH_EPOCHS = 7
+QUICK_SEARCH_EPOCHS = 6
 PRESETS = {
     "quick": Preset(
         "minutes on two cores: images of at most 14 pixels, a small network, few epochs",

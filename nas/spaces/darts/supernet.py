@@ -41,10 +41,15 @@ class SupernetConfig:
     edge_normalisation: bool = False
 
     def __post_init__(self) -> None:
-        if self.channels < 1 or self.cells < 1 or self.partial < 1:
+        if self.channels < 1 or self.partial < 1:
             raise ConfigurationError(
-                "a supernet needs channels, cells and partial channels of at least 1, not "
-                f"{self.channels}, {self.cells} and {self.partial}"
+                "a supernet needs channels and partial channels of at least 1, not "
+                f"{self.channels} and {self.partial}"
+            )
+        if self.cells < 3:
+            raise ConfigurationError(
+                f"a supernet of {self.cells} cells has no normal cell to search: it needs at least "
+                "3, of which two are reductions"
             )
         if self.channels % self.partial:
             raise ConfigurationError(

@@ -15,9 +15,9 @@ from nas.spaces.darts.supernet import SupernetConfig
 CPU = torch.device("cpu")
 MEASURED = {"images_per_second", "epoch_seconds", "peak_memory_mb"}  # differ from run to run
 SUPERNETS = {
-    "darts": SupernetConfig(channels=2, cells=2),
-    "darts-2nd": SupernetConfig(channels=2, cells=2),
-    "pcdarts": SupernetConfig(channels=4, cells=2, partial=2, edge_normalisation=True),
+    "darts": SupernetConfig(channels=2, cells=3),
+    "darts-2nd": SupernetConfig(channels=2, cells=3),
+    "pcdarts": SupernetConfig(channels=4, cells=3, partial=2, edge_normalisation=True),
 }
 
 
@@ -63,12 +63,12 @@ def make_search(
     device: torch.device = CPU,
     **settings: object,
 ) -> BilevelSearch:
-    """Two epochs of five steps, unless ``settings`` of SearchConfig say otherwise."""
+    """Two epochs of three steps, unless ``settings`` of SearchConfig say otherwise."""
     method = find_method(method) if isinstance(method, str) else method
     values: dict[str, object] = {
         "supernet": SUPERNETS.get(method.name, SUPERNETS["darts"]),
         "epochs": 2,
-        "batch_size": 16,
+        "batch_size": 24,
         "crop_padding": 1,
         "learning_rate": 0.1,
         "architecture_learning_rate": 0.01,

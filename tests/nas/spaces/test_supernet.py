@@ -27,8 +27,8 @@ CONFIGS = {
     "half": SupernetConfig(channels=4, cells=3, partial=2),
     "pcdarts-2": SupernetConfig(channels=4, cells=3, partial=2, edge_normalisation=True),
     "pcdarts-4": SupernetConfig(channels=8, cells=3, partial=4, edge_normalisation=True),
-    "one-cell": SupernetConfig(channels=2, cells=1),
-    "two-cells": SupernetConfig(channels=4, cells=2, partial=4, edge_normalisation=True),
+    "all-partial": SupernetConfig(channels=4, cells=3, partial=4, edge_normalisation=True),
+    "six-cells": SupernetConfig(channels=2, cells=6),
 }
 CONVOLUTIONS = Genotype(
     normal=tuple(
@@ -254,7 +254,7 @@ def test_global_randomness_is_not_touched() -> None:
     ("values", "message"),
     [
         ({"channels": 0}, "at least 1, not 0"),
-        ({"cells": 0}, "at least 1"),
+        ({"cells": 2}, "2 cells has no normal cell"),
         ({"partial": 0}, "at least 1"),
         ({"channels": 16, "partial": 3}, "16 is not divisible by 3"),
     ],
