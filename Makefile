@@ -6,7 +6,7 @@ VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-SOURCES := nas pipeline tests
+SOURCES := nas pipeline tests benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help setup transfer test lint ui upgrade clean

@@ -1,4 +1,4 @@
-"""Errors a user can mend: each message says in a sentence or two what is wrong and what is right."""
+"""Errors a user can mend: a message says in a sentence or two what is wrong and what is right."""
 
 from __future__ import annotations
 

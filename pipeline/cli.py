@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from nas.architecture import Skeleton
+from nas.data.catalog import FOLDER_PREFIX
 from nas.errors import NASError
 from nas.search import Method, SearchConfig, find_method
 from nas.training import TrainConfig
@@ -26,6 +27,7 @@ from pipeline.settings import CompareSettings, DataSettings, StackSettings
 from pipeline.transfer import TransferSettings, transfer
 
 FAILED, INTERRUPTED = 1, 130  # 130 is what a shell reports for Ctrl-C
+FLAGS = ("--fresh", "--verbose")
 
 app = typer.Typer(
     help="Search an architecture on one data set, transfer it to another, train it, compare it "
@@ -191,11 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = _from_mlflow(sys.argv[1:] if arguments is None else arguments)
     try:
         app(args=arguments, prog_name="python -m pipeline", standalone_mode=True)
-    except SystemExit as stop:
+    except SystemExit as stop:  # Typer's way to end, after Ctrl-C too
+        if stop.code == INTERRUPTED:
+            complain("interrupted; start it again with the same options to go on")
         return stop.code if isinstance(stop.code, int) else FAILED
-    except KeyboardInterrupt:
-        complain("interrupted; start it again with the same options to go on")
-        return INTERRUPTED
     except Exception as error:
         if "--verbose" in arguments:
             raise
@@ -216,13 +217,19 @@ def _from_mlflow(arguments: Sequence[str]) -> list[str]:
         value = arguments[position + 1] if position + 1 < len(arguments) else None
         if argument.startswith("--") and value == "":
             position += 2
-        elif argument in ("--fresh", "--verbose") and value in ("true", "false"):
-            kept.append(argument if value == "true" else f"--no-{argument[2:]}")
+        elif argument in FLAGS and value is not None and value.lower() in ("true", "false"):
+            kept.append(argument if value.lower() == "true" else f"--no-{argument[2:]}")
             position += 2
         else:
-            kept.append(argument.replace("_", "-") if argument.startswith("--") else argument)
+            kept.append(_with_hyphens(argument) if argument.startswith("--") else argument)
             position += 1
     return kept
+
+
+def _with_hyphens(option: str) -> str:
+    """ "--source_size=8" as "--source-size=8"; a value keeps its underscores."""
+    name, equals, value = option.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def _search_config(
@@ -265,5 +272,7 @@ def _given(**values: Any) -> dict[str, Any]:
 
 def _model_name(target: str) -> str:
     """A name the registry takes: "folder:/data/pets" gives "nas-pets"."""
-    last = re.split(r"[/:\\]", target.rstrip("/\\"))[-1]
-    return f"nas-{last}"
+    if not target.startswith(FOLDER_PREFIX):
+        return f"nas-{target}"
+    folder = Path(target.removeprefix(FOLDER_PREFIX)).expanduser().resolve()
+    return f"nas-{folder.name.replace(':', '-')}"

@@ -157,7 +157,12 @@ def register_step(job: Job, task: ImageTask, comparison: Comparison, name: str) 
     outcome = run_step(
         "register",
         f"register {name}",
-        {"name": name, "network": best.digest, "accuracy": asdict(comparison.accuracy)},
+        {
+            "name": name,
+            "network": best.digest,
+            "accuracy": comparison.accuracy.mean,
+            "random_accuracy": comparison.random_accuracy.mean,
+        },
         body,
         parent=job.log,
         # the version may have been deleted since it was registered

@@ -11,9 +11,11 @@ from threading import Lock
 from types import TracebackType
 
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+from rich.console import Console, Group
+from rich.progress import Progress, ProgressColumn, Task, TaskID
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
+from rich.text import Text
 
 from nas.observer import BatchEvent, EpochRecord, Observer
 from nas.statistics import Interval
@@ -121,7 +123,7 @@ class ProgressObserver(Observer):
     as a context manager, so that the bar is gone from the terminal when an error is shown.
 
     Args:
-        description: what is under way, e.g. "search on mnist5k"; stands above the bar, and at
+        description: what is under way, e.g. "search on mnist5k"; stands before the bar, and at
             the start of each line.
         console: where to; its kind decides between bar and lines.
         clock: seconds that only grow.
@@ -184,12 +186,12 @@ class ProgressObserver(Observer):
     def _move_bar(self, bar: Progress, loop: _Loop) -> None:
         event = loop.event
         if event.phase not in self._tasks:
-            self._tasks[event.phase] = bar.add_task("")
+            self._tasks[event.phase] = bar.add_task(self._description)
         bar.update(
             self._tasks[event.phase],
             total=event.epochs * event.batches,
             completed=_batches_done(event),
-            description=" ".join([f"{self._description}: {_epoch(event)}", *loop.figures()]),
+            status=" ".join([_epoch(event), *loop.figures()]),
         )
 
     def _print_line(self, loop: _Loop, *more: str) -> None:
@@ -287,6 +289,19 @@ def _epoch(event: BatchEvent) -> str:
     return f"{word} {event.epoch + 1}/{event.epochs}"
 
 
+class _BarAndStatus(ProgressColumn):
+    """What is under way with its bar, and the figures below: side by side they pass 80 columns."""
+
+    def render(self, task: Task) -> Group:
+        head = Table.grid(padding=(0, 1), expand=True)
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_row(
+            Text(task.description), ProgressBar(total=task.total, completed=task.completed)
+        )
+        return Group(head, Text(f"  {task.fields.get('status', '')}", no_wrap=True))
+
+
 class _Bars:
     """The live display of a console: one for all loops that run side by side."""
 
@@ -298,9 +313,8 @@ class _Bars:
         """The display, which starts with its first user."""
         with self._lock:
             if self._progress is None:
-                status = TextColumn("{task.description}", markup=False)
-                bar = BarColumn(bar_width=None)
-                self._progress = Progress(bar, status, console=self._console, expand=True)
+                column = _BarAndStatus(Column(ratio=1))
+                self._progress = Progress(column, console=self._console, expand=True)
                 self._progress.start()
             self._users += 1
             return self._progress

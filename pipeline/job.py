@@ -83,10 +83,11 @@ def open_job(
         TrackingError: the tracking store cannot be used.
     """
     device = pick_device(machine.device)
+    home()  # a folder that cannot be made is known before a run is opened
     one_a_core = torch.get_num_threads() if device.type == "cpu" else 1
-    team = Team(machine.parallel or one_a_core)
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
+    team = Team(machine.parallel or one_a_core)
     with connect().open_run(name, tags=tags) as log, team:
         log.log_params(params)
         yield Job(log, machine, device, team)

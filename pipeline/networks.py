@@ -20,7 +20,7 @@ from pipeline.console import say
 from pipeline.figures import draw_cells, draw_learning_curves
 from pipeline.job import Job, flat, watched
 from pipeline.steps import StepRun, run_step, step_digest
-from pipeline.tuning import FAILURES, Proposal, sampled_search
+from pipeline.tuning import Proposal, is_failure, sampled_search
 
 NETWORK_FILE = "network.safetensors"
 TRANSFERRED, RANDOM = "transferred", "random"
@@ -171,8 +171,10 @@ def train_beside_random(
                 label=f"random {number}",
                 group=RANDOM,
             )
-        except FAILURES as error:
-            return error
+        except Exception as error:
+            if is_failure(error):
+                return error
+            raise
         return random[number].validation_accuracy
 
     transferred = job.team.start(train_seed, seeds)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nas.architecture import Skeleton
+from nas.data import ImageTask
 from pipeline.compare import Comparison, compare, register_step, summarise
 from pipeline.console import print_summary
 from pipeline.job import Machine, flat, open_job
 from pipeline.settings import CompareSettings, DataSettings, StackSettings
-from pipeline.specification import read_architecture
+from pipeline.specification import RUN, read_architecture
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,15 @@ def retrain(settings: RetrainSettings, machine: Machine) -> Comparison:
         given = read_architecture(settings.architecture, settings.skeleton, job.log.tracker)
         task = job.load(settings.target)
         job.log.log_dataset(task, "target")
-        job.log.set_tags(
-            {"lineage.architecture": settings.architecture, "lineage.target_digest": task.digest}
-        )
+        job.log.set_tags(_lineage(settings.architecture, task))
         comparison = compare(job, task, settings.stack.apply(given, task), settings.compare)
         registered = register_step(job, task, comparison, settings.compare.model_name)
         print_summary(summarise(job, task, settings.architecture, comparison, registered))
     return comparison
+
+
+def _lineage(architecture: str, task: ImageTask) -> dict[str, str]:
+    tags = {"lineage.architecture": architecture, "lineage.target_digest": task.digest}
+    if architecture.startswith(RUN):
+        tags["lineage.search_run"] = architecture.removeprefix(RUN)
+    return tags

@@ -18,11 +18,11 @@ from pipeline.console import human_seconds, say
 from pipeline.figures import draw_alphas, draw_cells, draw_search_curves
 from pipeline.job import Job, Machine, flat, open_job, watched
 from pipeline.settings import DataSettings
+from pipeline.specification import ARCHITECTURE_FILE
 from pipeline.steps import StepRun, run_step
 
 SUPERNET_FILE = "supernet.safetensors"
 GENOTYPE_FILE = "genotype.json"
-ARCHITECTURE_FILE = "architecture.json"
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nas.architecture import Architecture
-from nas.data import ImageTask
+from nas.architecture import Architecture, Skeleton
+from nas.data import DATA_SETS, ImageTask
+from nas.data.catalog import FOLDER_PREFIX
+from nas.errors import ConfigurationError, UnknownNameError
+from nas.spaces import DartsSpace
 from nas.training import TrainConfig
 from nas.transfer.cell import restack
 
@@ -23,6 +26,10 @@ class DataSettings:
     limit: int | None = None
     largest: int | None = None
 
+    def __post_init__(self) -> None:
+        if not self.name.startswith(FOLDER_PREFIX) and self.name not in DATA_SETS:
+            raise UnknownNameError("data set", self.name, DATA_SETS)
+
 
 @dataclass(frozen=True)
 class StackSettings:
@@ -32,6 +39,18 @@ class StackSettings:
     cells: int | None
     max_macs: int | None
     stem: str | None
+
+    def __post_init__(self) -> None:
+        if self.channels is not None and self.max_macs is not None:
+            raise ConfigurationError(
+                f"give --channels ({self.channels}) or --max-macs ({self.max_macs}), not both: "
+                "the limit chooses the channels"
+            )
+        _cheapest_cells(Skeleton(self.stem or "cifar", self.channels or 2, self.cells or 1))
+
+    def check(self, task: ImageTask) -> None:
+        """Raise, before a search is paid for, where no cell at all keeps the limit."""
+        self.apply(_cheapest_cells(Skeleton("cifar", 2, 1)), task)
 
     def apply(self, architecture: Architecture, task: ImageTask) -> Architecture:
         """The same cells in this skeleton, for the images of ``task``."""
@@ -43,6 +62,13 @@ class StackSettings:
             max_macs=self.max_macs,
             stem=self.stem,
         )
+
+
+def _cheapest_cells(skeleton: Skeleton) -> Architecture:
+    """Cells of nothing but max pools, which take no multiply-adds."""
+    space = DartsSpace()
+    pools = {name: choices[0] for name, choices in space.decisions().items()}
+    return space.architecture(pools, skeleton)
 
 
 @dataclass(frozen=True)
@@ -60,3 +86,10 @@ class CompareSettings:
     seeds: int
     seed: int
     model_name: str
+
+    def __post_init__(self) -> None:
+        if not self.model_name.strip() or set(self.model_name) & set("/:"):
+            raise ConfigurationError(
+                f"'{self.model_name}' cannot be a registered model's name: it needs a character "
+                "and takes neither slash nor colon; choose another --model-name"
+            )

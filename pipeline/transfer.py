@@ -59,6 +59,7 @@ def transfer(settings: TransferSettings, machine: Machine) -> Summary:
     title = f"transfer {source_name} to {target_name}"
     with open_job(title, machine, _parameters(settings), tags) as job:
         source, target = job.load(settings.source), job.load(settings.target)
+        settings.stack.check(target)
         job.log.log_dataset(source, "source")
         job.log.log_dataset(target, "target")
         found = search_step(job, source, settings.method, settings.search, settings.compare.seed)

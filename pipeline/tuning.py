@@ -26,6 +26,7 @@ SPARE_TRIALS = 2  # a search tries this many times the wanted number before it g
 
 # What may befall one network of many without ending the search.
 FAILURES = (NonFiniteLossError, torch.OutOfMemoryError, MemoryError)
+NO_CPU_MEMORY = "can't allocate memory"  # PyTorch has no type of its own for this one
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def sampled_search(
     reason, and the search goes on.
 
     Args:
-        evaluate: the score of each proposal, larger is better, or one of ``FAILURES``.
+        evaluate: the score of each proposal, larger is better, or the error that it failed by.
         together: proposals asked for before their scores are told. A sampler that learns from
             scores proposes otherwise for another number; a random one does not.
 
@@ -88,6 +89,11 @@ def sampled_search(
         for trial, proposal, score in zip(trials, proposals, evaluate(proposals), strict=True):
             outcomes.append(_tell(study, trial, proposal, score))
     return outcomes
+
+
+def is_failure(error: Exception) -> bool:
+    """Whether ``error`` is the end of one network only: out of memory, or not finite."""
+    return isinstance(error, FAILURES) or NO_CPU_MEMORY in str(error)
 
 
 def _ask(study: optuna.Study, sampler: str, space: Space, seed: int) -> optuna.Trial:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import pytest
 from rich.console import Console
@@ -25,10 +28,10 @@ from pipeline.console import (
 SUMMARY = Summary(
     source="mnist5k",
     target="animals",
-    method="DARTS first order, cell transfer",
+    architecture="darts, cell transfer",
     accuracy=Interval(0.8321, 0.8102, 0.8540, 3),
     random_accuracy=Interval(0.8021, 0.7702, 0.8340, 3),
-    relative_improvement=Interval(3.74, -0.21, 7.12, 3),
+    improvement=Interval(3.74, -0.21, 7.12, 3),
     linear_accuracy=0.551,
     linear_source_accuracy=0.912,
     parameters=3_349_342,
@@ -187,8 +190,9 @@ def test_a_terminal_shows_a_bar_over_all_epochs(clock: Clock) -> None:
                 break
         assert observer._bar is not None
         assert observer._bar.tasks[0].percentage == pytest.approx(100 * 21 / 40)
+        observer._bar.refresh()
     output = text_of(console)
-    assert output.startswith("search on mnist5k\n")
+    assert re.search(r"search on mnist5k ━{20,}", output)
     assert "epoch 3/4 loss 1.250 accuracy 50.0% 640 images/s 1.9 s left" in output
     assert output.endswith("\x1b[?25h")  # the cursor is shown again
     assert "…" not in output
@@ -196,12 +200,60 @@ def test_a_terminal_shows_a_bar_over_all_epochs(clock: Clock) -> None:
 
 def test_the_widest_status_fits_80_columns(clock: Clock) -> None:
     console = make_console(terminal=True)
-    with ProgressObserver("training", console, clock) as observer:
+    with ProgressObserver("train transferred, seed 0 on animals", console, clock) as observer:
         for event in list(batches(99, epochs=600, per_epoch=400))[:30]:
-            clock.now += 64 / 12345 if event.batch > 30 else 0.4
+            clock.now += 0.4
             observer.on_batch(replace(event, images=4938, accuracy=0.999))
+        assert observer._bar is not None
+        observer._bar.refresh()
     output = text_of(console)
     assert "epoch 100/600 loss 1.250 accuracy 99.9% 12345 images/s 22 h 15 min left" in output
+
+
+def test_loops_side_by_side_share_one_display(clock: Clock) -> None:
+    console = make_console(terminal=True)
+    first = ProgressObserver("train transferred, seed 0", console, clock)
+    second = ProgressObserver("train random 0", console, clock)
+    event = next(batches(0, epochs=4, per_epoch=10))
+    with first:
+        with second:
+            assert first._bar is second._bar
+            bars = first._bar
+            assert bars is not None
+            first.on_batch(event)
+            second.on_batch(replace(event, batch=7))
+            second.on_batch(replace(event, phase="evaluate", epochs=1, batch=10))
+            bars.refresh()
+            assert [(task.description, task.completed, task.total) for task in bars.tasks] == [
+                ("train transferred, seed 0", 1, 40),
+                ("train random 0", 7, 40),
+                ("train random 0", 10, 10),
+            ]
+        # whoever ends takes its own bars away and leaves the display to the others
+        assert [task.description for task in bars.tasks] == ["train transferred, seed 0"]
+        assert bars.live.is_started
+    assert not bars.live.is_started
+    with ProgressObserver("the next one", console, clock) as third:
+        assert third._bar is not bars
+    assert "train random 0 ━" in text_of(console)
+
+
+def test_threads_leave_a_shared_display_in_any_order() -> None:
+    console = make_console(terminal=True)
+    barrier = Barrier(4)
+
+    def loop(number: int) -> None:
+        with ProgressObserver(f"loop {number}", console) as observer:
+            barrier.wait()
+            for event in batches(0, epochs=2, per_epoch=20):
+                observer.on_batch(event)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(loop, range(4)))
+    output = text_of(console)
+    assert all(f"loop {number}" in output for number in range(4))
+    # hidden once and shown once: there was never a second display
+    assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 1
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -262,7 +314,7 @@ def test_summary_is_whole_at_80_columns(terminal: bool) -> None:
     output = text_of(console)
     assert "…" not in output
     for part in (
-        "mnist5k (linear model 91.20%)",
+        "mnist5k (linear model 91.20%, validation)",
         "animals (linear model 55.10%)",
         "83.21% (95% interval 81.02 to 85.40%), n = 3",
         "80.21% (95% interval 77.02 to 83.40%), n = 3",
@@ -290,7 +342,7 @@ def test_a_long_name_folds() -> None:
 def test_one_training_claims_no_interval() -> None:
     console = make_console(terminal=False)
     single = Interval(0.8, math.nan, math.nan, 1)
-    print_summary(replace(SUMMARY, accuracy=single, relative_improvement=single), console)
+    print_summary(replace(SUMMARY, accuracy=single, improvement=single), console)
     assert "80.00% (one training: no interval), n = 1" in text_of(console)
     assert "nan" not in text_of(console)
 

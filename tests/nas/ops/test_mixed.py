@@ -39,7 +39,9 @@ class OneCell:
         normaliser = Normaliser(
             statistics.unpack(self.mean), statistics.unpack(self.variance), training=True
         )
-        return mixed_cell(self.plan, *self.inputs, self.weights, normaliser, operations, edges, active)
+        return mixed_cell(
+            self.plan, *self.inputs, self.weights, normaliser, operations, edges, active
+        )
 
     def states(self) -> list[Tensor]:
         """The two preprocessed inputs, by modules."""
@@ -128,7 +130,9 @@ def test_none_gives_zeros() -> None:
 
 @pytest.mark.parametrize("partial", [1, 2])
 @pytest.mark.parametrize("reduction", [False, True])
-def test_inactive_operations_are_as_if_their_weight_were_zero(partial: int, reduction: bool) -> None:
+def test_inactive_operations_are_as_if_their_weight_were_zero(
+    partial: int, reduction: bool
+) -> None:
     weights = draw(14, 8).abs()
     active = draw(14, 8, seed=5) > 0.3
     edges = draw(14, seed=6).abs()
@@ -255,7 +259,9 @@ def test_depthwise_is_a_sum_over_taps(kernel: int, dilation: int, stride: int) -
     for row in range(kernel):
         for column in range(kernel):
             top, left = dilation * row, dilation * column
-            expected += padded[:, :, top : top + 5, left : left + 6] * taps[row, column].view(2, 1, 1)
+            expected += padded[:, :, top : top + 5, left : left + 6] * taps[row, column].view(
+                2, 1, 1
+            )
     torch.testing.assert_close(ours, expected[:, :, ::stride, ::stride], **CLOSE)
 
 

@@ -21,7 +21,7 @@ SUPERNETS = {
 }
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for whatever ends a process between two batches."""
 
 
@@ -34,7 +34,7 @@ class Killer(Observer):
     def on_batch(self, event: BatchEvent) -> None:
         self.left -= 1
         if self.left == 0:
-            raise Killed
+            raise KilledError
 
 
 class Listener(Observer):
@@ -63,12 +63,12 @@ def make_search(
     device: torch.device = CPU,
     **settings: object,
 ) -> BilevelSearch:
-    """Two epochs of three steps, unless ``settings`` of SearchConfig say otherwise."""
+    """Two epochs of two steps, unless ``settings`` of SearchConfig say otherwise."""
     method = find_method(method) if isinstance(method, str) else method
     values: dict[str, object] = {
         "supernet": SUPERNETS.get(method.name, SUPERNETS["darts"]),
         "epochs": 2,
-        "batch_size": 24,
+        "batch_size": 40,
         "crop_padding": 1,
         "learning_rate": 0.1,
         "architecture_learning_rate": 0.01,

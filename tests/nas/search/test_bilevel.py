@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from searches import Killed, Killer, Listener, exact, in_double, make_search, outcome, pair
+from searches import Listener, exact, in_double, make_search, outcome, pair
 from torch import Tensor
 
-import nas.loop
-from nas.data import ImageTask, TensorImages, halves
-from nas.errors import CheckpointError, ConfigurationError, NonFiniteLossError
+from nas.data import ImageTask, TensorImages, halves, load_task
+from nas.errors import ConfigurationError, NonFiniteLossError
 from nas.search import METHODS, BilevelSearch, Method, SearchConfig
 from nas.spaces.darts import PUBLISHED, derive
 from nas.spaces.darts.supernet import Mixing, Supernet, SupernetConfig
@@ -95,7 +93,7 @@ def test_the_levels_learn_from_disjoint_halves(few_digits: ImageTask) -> None:
     sizes = search.train_batches.images_per_epoch, search.validation_batches.images_per_epoch
     assert not set(first.tolist()) & set(second.tolist())
     assert not set(torch.cat([first, second]).tolist()) & set(few_digits.splits.test.tolist())
-    assert sizes == (len(first) // 24 * 24, len(second) // 24 * 24)
+    assert sizes == (len(first) // 40 * 40, len(second) // 40 * 40)
     train, validation = pair(search)
     assert not torch.equal(train.images, validation.images)
 
@@ -110,7 +108,9 @@ def test_learning_rate_is_half_a_cosine(few_digits: ImageTask) -> None:
     assert rates == pytest.approx([0.1, 0.06 + 0.04 * half, 0.06, 0.06 - 0.04 * half])
 
 
-@pytest.mark.parametrize(("epochs", "warmup", "batch"), [(0, 0, 8), (2, 2, 8), (2, -1, 8), (2, 0, 1)])
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "batch"), [(0, 0, 8), (2, 2, 8), (2, -1, 8), (2, 0, 1)]
+)
 def test_impossible_settings_are_refused(epochs: int, warmup: int, batch: int) -> None:
     with pytest.raises(ConfigurationError):
         SearchConfig(epochs=epochs, warmup_epochs=warmup, batch_size=batch)
@@ -180,128 +180,6 @@ def test_between_epochs_is_called_after_each(few_digits: ImageTask) -> None:
     assert method.ended == [0, 1]
 
 
-def test_what_between_epochs_changes_is_in_the_checkpoint(
-    few_digits: ImageTask, tmp_path: Path
-) -> None:
-    class Forgetful(Method):
-        def between_epochs(self, search: BilevelSearch, epoch: int) -> None:
-            with torch.no_grad():
-                search.supernet.alphas.zero_()
-
-    undisturbed = make_search(few_digits, Forgetful()).run()
-    with pytest.raises(Killed):
-        make_search(few_digits, Forgetful()).run(tmp_path / "c", Killer(4))
-    resumed = make_search(few_digits, Forgetful()).run(tmp_path / "c")
-    assert outcome(resumed) == outcome(undisturbed)
-
-
-# ---- repeatable and resumable ----
-
-
-@pytest.fixture(scope="module")
-def undisturbed(few_digits: ImageTask) -> dict[str, dict[str, object]]:
-    return {name: outcome(make_search(few_digits, name).run()) for name in METHODS}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_seed_decides_every_bit(
-    method: str, few_digits: ImageTask, undisturbed: dict[str, dict[str, object]]
-) -> None:
-    torch.manual_seed(123)  # global randomness plays no part
-    assert outcome(make_search(few_digits, method).run()) == undisturbed[method]
-
-
-def test_another_seed_ends_elsewhere(
-    few_digits: ImageTask, undisturbed: dict[str, dict[str, object]]
-) -> None:
-    other = outcome(make_search(few_digits, "darts", seed=1).run())
-    for name in ("weights", "alphas", "running_mean", "mixing_history", "metrics"):
-        assert other[name] != undisturbed["darts"][name]
-
-
-@pytest.mark.parametrize("every_batch", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-def test_killed_and_resumed_ends_with_the_same_bits(
-    method: str,
-    every_batch: bool,
-    few_digits: ImageTask,
-    undisturbed: dict[str, dict[str, object]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Killed twice, at random batches; saved after each epoch, or after each batch."""
-    if every_batch:
-        monkeypatch.setattr(nas.loop, "CHECKPOINT_SECONDS", 0.0)
-    steps = make_search(few_digits, method).steps
-    assert steps >= 3
-    kill = random.Random(f"{method}{every_batch}").randrange(1, 2 * steps)
-    path = tmp_path / "search.safetensors"
-    with pytest.raises(Killed):
-        make_search(few_digits, method).run(path, Killer(kill))
-    with pytest.raises(Killed):
-        make_search(few_digits, method).run(path, Killer(1))
-    if every_batch and kill > 2:
-        listener = Listener()
-        result = make_search(few_digits, method).run(path, listener)
-        assert len(listener.batches) < 2 * steps  # it did not begin anew
-    else:
-        result = make_search(few_digits, method).run(path)
-    assert outcome(result) == undisturbed[method]
-
-
-def test_killed_after_the_last_batch_of_an_epoch(
-    few_digits: ImageTask,
-    undisturbed: dict[str, dict[str, object]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The checkpoint stands between the last batch and the epoch's summary."""
-    monkeypatch.setattr(nas.loop, "CHECKPOINT_SECONDS", 0.0)
-
-    class DiesInSummary(Method):
-        def between_epochs(self, search: BilevelSearch, epoch: int) -> None:
-            raise Killed
-
-    with pytest.raises(Killed):
-        make_search(few_digits, DiesInSummary()).run(tmp_path / "c")
-    listener = Listener()
-    search = make_search(few_digits, "darts")
-    assert outcome(search.run(tmp_path / "c", listener)) == undisturbed["darts"]
-    assert len(listener.batches) == search.steps  # of the second epoch only
-
-
-def test_a_finished_search_is_only_read(few_digits: ImageTask, tmp_path: Path) -> None:
-    finished = make_search(few_digits, epochs=1).run(tmp_path / "c")
-    listener = Listener()
-    again = make_search(few_digits, epochs=1).run(tmp_path / "c", listener)
-    assert outcome(again) == outcome(finished)
-    assert listener.batches == []
-
-
-@pytest.mark.parametrize(
-    "other",
-    [{"method": "darts-2nd"}, {"seed": 1}, {"learning_rate": 0.2}, {"epochs": 3},
-     {"supernet": SupernetConfig(channels=4, cells=3)}],
-)  # fmt: skip
-def test_a_checkpoint_of_another_search_is_refused(
-    other: dict[str, object], few_digits: ImageTask, tmp_path: Path
-) -> None:
-    path = tmp_path / "c"
-    with pytest.raises(Killed):
-        make_search(few_digits).run(path, Killer(4))
-    before = path.read_bytes()
-    with pytest.raises(CheckpointError, match="another search"):
-        make_search(few_digits, **other).run(path)  # type: ignore[arg-type]
-    assert path.read_bytes() == before
-
-
-def test_a_checkpoint_of_other_data_is_refused(few_digits: ImageTask, tmp_path: Path) -> None:
-    with pytest.raises(Killed):
-        make_search(few_digits).run(tmp_path / "c", Killer(4))
-    with pytest.raises(CheckpointError, match="another search"):
-        make_search(replace(few_digits, digest="0" * 64)).run(tmp_path / "c")
-
-
 # ---- what it reports ----
 
 
@@ -313,7 +191,7 @@ def test_records_and_events(few_digits: ImageTask) -> None:
         (epoch, batch) for epoch in range(2) for batch in range(1, search.steps + 1)
     ]
     assert {(e.phase, e.epochs, e.batches, e.images) for e in listener.batches} == {
-        ("search", 2, search.steps, 48)
+        ("search", 2, search.steps, 80)
     }
     assert listener.epochs == list(result.records)
     for record in result.records:
@@ -365,9 +243,7 @@ def test_no_collapse_no_warning(few_digits: ImageTask) -> None:
     assert listener.warnings == []
 
 
-def test_a_loss_that_is_not_finite_stops_the_search(
-    few_digits: ImageTask, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_search(few_digits: ImageTask, tmp_path: Path) -> None:
     class Poisoned(Method):
         def between_epochs(self, search: BilevelSearch, epoch: int) -> None:
             with torch.no_grad():
@@ -404,7 +280,9 @@ def test_evaluation_changes_nothing(few_digits: ImageTask) -> None:
 
 def test_the_smallest_images_and_a_last_batch_of_one(few_digits: ImageTask) -> None:
     """4x4 pixels are 1x1 after two reductions: a lone image has no statistics there."""
-    small = replace(few_digits, images=TensorImages(few_digits.images.gather(torch.arange(200))[..., ::2, ::2]))
+    small = replace(
+        few_digits, images=TensorImages(few_digits.images.gather(torch.arange(200))[..., ::2, ::2])
+    )
     half = len(halves(small, 0)[1])
     size = next(size for size in range(16, half) if half % size == 1)
     settings = {"supernet": SupernetConfig(channels=2, cells=3), "epochs": 1, "batch_size": size}
@@ -414,12 +292,14 @@ def test_the_smallest_images_and_a_last_batch_of_one(few_digits: ImageTask) -> N
 # ---- does it learn ----
 
 
-def test_a_search_on_real_digits_learns(all_digits: ImageTask) -> None:
-    """Ten classes, so chance is 10 %; a few seconds bring the supernet far above it."""
+def test_a_search_on_real_digits_learns(tmp_path: Path) -> None:
+    """Ten classes, so chance is 10 %; 32 steps bring the supernet far above it."""
+    digits = load_task("digits", root=tmp_path, limit=700)
     supernet = SupernetConfig(channels=8, cells=3, partial=4, edge_normalisation=True)
-    records = make_search(all_digits, "pcdarts", supernet=supernet, epochs=3, batch_size=64).run().records
+    settings = {"epochs": 4, "batch_size": 32, "crop_padding": 0, "warmup_epochs": 3}
+    records = make_search(digits, "pcdarts", supernet=supernet, **settings).run().records
     assert records[-1].metrics["val/accuracy"] > 0.4
-    assert records[-1].metrics["train/loss"] < 0.8 * records[0].metrics["train/loss"]
+    assert records[-1].metrics["train/loss"] < 0.7 * records[0].metrics["train/loss"]
 
 
 @pytest.mark.gpu

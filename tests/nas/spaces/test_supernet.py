@@ -28,7 +28,6 @@ CONFIGS = {
     "pcdarts-2": SupernetConfig(channels=4, cells=3, partial=2, edge_normalisation=True),
     "pcdarts-4": SupernetConfig(channels=8, cells=3, partial=4, edge_normalisation=True),
     "all-partial": SupernetConfig(channels=4, cells=3, partial=4, edge_normalisation=True),
-    "six-cells": SupernetConfig(channels=2, cells=6),
 }
 CONVOLUTIONS = Genotype(
     normal=tuple(
@@ -219,7 +218,9 @@ def test_first_weights_are_those_of_torch_layers() -> None:
             seen += 1
             assert value.abs().max() > 0.95 * bound
             # of a uniform variable; five standard errors
-            assert value.var().item() == pytest.approx(bound**2 / 3, rel=5 * 0.9 / value.numel() ** 0.5)
+            assert value.var().item() == pytest.approx(
+                bound**2 / 3, rel=5 * 0.9 / value.numel() ** 0.5
+            )
             assert abs(value.mean()) < 5 * bound / (3 * value.numel()) ** 0.5
     assert seen > 100
 
@@ -239,9 +240,7 @@ def test_a_seed_decides_all_first_values() -> None:
         Supernet(ODD, CONFIGS["pcdarts-2"], seed=seed).state_dict() for seed in (3, 3, 4)
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert all(
-        not torch.equal(first[name], other[name]) for name in ("weights", "alphas", "betas")
-    )
+    assert all(not torch.equal(first[name], other[name]) for name in ("weights", "alphas", "betas"))
 
 
 def test_global_randomness_is_not_touched() -> None:
@@ -278,7 +277,9 @@ def test_architecture_parameters_are_registered_and_learn(name: str) -> None:
     assert all(p.dtype == torch.float64 for p in supernet.architecture_parameters())
     assert all(isinstance(p, nn.Parameter) for p in supernet.architecture_parameters())
 
-    loss = F.cross_entropy(supernet(draw_images(ODD), METHOD.mixing(supernet)), torch.tensor([1, 4]))
+    loss = F.cross_entropy(
+        supernet(draw_images(ODD), METHOD.mixing(supernet)), torch.tensor([1, 4])
+    )
     loss.backward()
     for parameter in supernet.architecture_parameters():
         assert parameter.grad is not None
