@@ -60,7 +60,7 @@ class SecondOrderDarts(Method):
             step = gradient + config.weight_decay * weights
             buffer = search.weight_optimiser.state[weights].get("momentum_buffer")
             if buffer is not None:
-                pass
+                step += config.momentum * buffer
             unrolled = weights - search.learning_rate * step
         return unrolled.requires_grad_()
 
