@@ -49,7 +49,7 @@ def accuracy(network: nn.Module, batches: Iterable[Batch]) -> Evaluation:
     loss = 0.0
     predictions: list[Tensor] = []
     labels: list[Tensor] = []
-    with _evaluation_mode(network):
+    with evaluating(network):
         for batch in batches:
             logits = network(batch.images).float()
             loss += F.cross_entropy(logits, batch.labels, reduction="sum").item()
@@ -64,14 +64,15 @@ def accuracy(network: nn.Module, batches: Iterable[Batch]) -> Evaluation:
 
 
 @contextmanager
-def _evaluation_mode(network: nn.Module) -> Iterator[None]:
-    training = network.training
-    network.eval()
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode before comes back."""
+    before = module.training
+    module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        network.train(training)
+        module.train(before)
 
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, classes: int) -> Tensor:
@@ -122,7 +123,7 @@ def latency(
     size = (batch_size, shape.channels, shape.height, shape.width)
     images = torch.zeros(size, dtype=parameter.dtype, device=parameter.device)
     seconds = []
-    with _evaluation_mode(network):
+    with evaluating(network):
         for _ in range(2 + repeats):
             start = time.perf_counter()
             network(images)

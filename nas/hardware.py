@@ -25,6 +25,11 @@ def pick_device(name: str) -> torch.device:
         raise ConfigurationError(f"unknown device '{name}': use auto, cpu or cuda[:N]") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError(f"device '{name}' was asked for, but PyTorch sees no GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"device '{name}' was asked for, but there are {torch.cuda.device_count()} GPUs, "
+            "counted from cuda:0"
+        )
     return device
 
 

@@ -6,12 +6,11 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nas.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from nas.errors import CheckpointError, NonFiniteLossError
@@ -71,18 +70,6 @@ class Stopwatch:
     def seconds(self) -> float:
         """Seconds of this process and of those before it."""
         return self.before + time.perf_counter() - self.started
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode before comes back."""
-    before = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(before)
 
 
 class ResumableLoop(ABC, Generic[Item]):

@@ -13,8 +13,9 @@ from torch import Tensor
 from nas.architecture import Architecture
 from nas.data import Augmentation, Batch, Batches, ImageTask
 from nas.errors import ConfigurationError, UnknownNameError
+from nas.evaluation import evaluating
 from nas.hardware import mixed_precision, peak_memory_mb
-from nas.loop import Meter, ResumableLoop, evaluating
+from nas.loop import Meter, ResumableLoop
 from nas.observer import EpochRecord, Observer
 from nas.optimisation import (
     copy_tensors,

@@ -23,7 +23,6 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
 }
 SPARE_TRIALS = 2  # a search tries this many times the wanted number before it gives up
 
-
 # What may befall one network of many without ending the search.
 FAILURES = (NonFiniteLossError, torch.OutOfMemoryError, MemoryError)
 NO_CPU_MEMORY = "can't allocate memory"  # PyTorch has no type of its own for this one
@@ -76,13 +75,15 @@ def sampled_search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
     outcomes: list[Outcome] = []
+    limit = SPARE_TRIALS * wanted
     while (scored := sum(outcome.score is not None for outcome in outcomes)) < wanted:
-        if len(outcomes) >= SPARE_TRIALS * wanted:
+        if len(outcomes) >= limit:
             raise NASError(
                 f"only {scored} of {len(outcomes)} sampled networks could be trained and {wanted} "
                 f"are wanted; the last reason was: {outcomes[-1].reason}"
             )
-        trials = [_ask(study, sampler, space, seed) for _ in range(min(together, wanted - scored))]
+        number = min(together, wanted - scored, limit - len(outcomes))
+        trials = [_ask(study, sampler, space, seed) for _ in range(number)]
         proposals = [
             Proposal(trial.number, space.architecture(trial.params, skeleton)) for trial in trials
         ]
@@ -101,7 +102,8 @@ def _ask(study: optuna.Study, sampler: str, space: Space, seed: int) -> optuna.T
         name: CategoricalDistribution(choices) for name, choices in space.decisions().items()
     }
     # Optuna seeds NumPy's generator, which takes 32 bits.
-    study.sampler = SAMPLERS[sampler](derive_seed(seed, sampler, len(study.trials)) % 2**32)
+    number = len(study.get_trials(deepcopy=False))  # a copy of every trial would cost seconds
+    study.sampler = SAMPLERS[sampler](derive_seed(seed, sampler, number) % 2**32)
     return study.ask(distributions)
 
 

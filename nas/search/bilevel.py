@@ -31,6 +31,7 @@ from nas.optimisation import (
 )
 from nas.search.collapse import collapse_metrics
 from nas.search.method import Method, SearchConfig
+from nas.spaces import find_space
 from nas.spaces.darts.genotype import Genotype
 from nas.spaces.darts.supernet import Mixing, Supernet
 
@@ -59,7 +60,7 @@ class SearchResult:
 class BilevelSearch(ResumableLoop[Pair]):
     """One search: a supernet, its two optimisers and the two halves of the data.
 
-    A pure function of (task, method, config, seed).
+    A pure function of (task, space, method, config, seed).
     """
 
     phase = "search"
@@ -73,11 +74,14 @@ class BilevelSearch(ResumableLoop[Pair]):
         seed: int,
         device: torch.device,
         workers: int = 0,
+        space: str = "darts",
     ) -> None:
         self.method = method
         self.config = config
         self.device = device
-        self.supernet = Supernet(task.shape, config.supernet, seed=seed).to(device)
+        self.supernet = (
+            find_space(space).supernet(task.shape, config.supernet, seed=seed).to(device)
+        )
         self.weight_optimiser = torch.optim.SGD(
             [self.supernet.weights],
             lr=config.learning_rate,
@@ -96,7 +100,13 @@ class BilevelSearch(ResumableLoop[Pair]):
             device,
             config.epochs,
             min(len(self.train_batches), len(self.validation_batches)),
-            {"task": task.digest, "method": method.name, "config": asdict(config), "seed": seed},
+            {
+                "task": task.digest,
+                "space": space,
+                "method": method.name,
+                "config": asdict(config),
+                "seed": seed,
+            },
         )
 
     @property

@@ -12,6 +12,7 @@ from nas.architecture import Architecture, Skeleton
 
 if TYPE_CHECKING:
     from nas.data.task import TaskShape
+    from nas.spaces.darts.supernet import Supernet, SupernetConfig
 
 
 class Network(nn.Module):
@@ -77,3 +78,6 @@ class Space(Protocol):
         generator: torch.Generator,
     ) -> Network:
         """The network with weights drawn from ``generator``, on the generator's device."""
+
+    def supernet(self, shape: TaskShape, config: SupernetConfig, *, seed: int) -> Supernet:
+        """All networks of the space at once, with shared weights drawn from ``seed``."""

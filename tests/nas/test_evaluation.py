@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from nas.architecture import Skeleton
 from nas.data.task import TaskShape
 from nas.errors import DataError
-from nas.evaluation import accuracy, confusion_matrix, count_macs, count_parameters, latency
+from nas.evaluation import (
+    accuracy,
+    confusion_matrix,
+    count_macs,
+    count_parameters,
+    evaluating,
+    latency,
+)
 from nas.randomness import generator
 from nas.spaces.darts import PUBLISHED, DartsSpace
 
@@ -137,3 +144,17 @@ def test_latency_grows_with_the_work():
     network = Slow().train()
     assert 0.01 <= latency(network, SHAPE, batch_size=4, repeats=5) < 0.1
     assert network.training
+
+
+def test_evaluating_restores_the_mode() -> None:
+    module = nn.Dropout()
+    for mode in (True, False):
+        module.train(mode)
+        with evaluating(module):
+            assert not module.training
+            assert not torch.is_grad_enabled()
+        assert module.training == mode
+    with pytest.raises(ValueError, match="x"), evaluating(module.train()):
+        raise ValueError("x")
+    assert module.training
+    assert torch.is_grad_enabled()

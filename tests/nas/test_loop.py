@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import nas.loop
 from nas.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from nas.errors import CheckpointError, NonFiniteLossError
-from nas.loop import Meter, ResumableLoop, Stopwatch, evaluating
+from nas.loop import Meter, ResumableLoop, Stopwatch
 from nas.observer import BatchEvent, EpochRecord, Observer
 
 CPU = torch.device("cpu")
@@ -154,17 +154,3 @@ def test_meter_weighs_batches_by_their_size() -> None:
 
 def test_an_empty_meter_reads_no_number() -> None:
     assert all(math.isnan(value) for value in Meter(CPU).read("here"))
-
-
-def test_evaluating_restores_the_mode() -> None:
-    module = nn.Dropout()
-    for mode in (True, False):
-        module.train(mode)
-        with evaluating(module):
-            assert not module.training
-            assert not torch.is_grad_enabled()
-        assert module.training == mode
-    with pytest.raises(ValueError, match="x"), evaluating(module.train()):
-        raise ValueError("x")
-    assert module.training
-    assert torch.is_grad_enabled()

@@ -14,6 +14,7 @@ from nas.errors import ArchitectureError
 from nas.ops.primitives import initialise
 from nas.spaces.darts.genotype import NODES, OPERATIONS, Gene, Genotype
 from nas.spaces.darts.network import DartsNetwork
+from nas.spaces.darts.supernet import Supernet, SupernetConfig
 
 if TYPE_CHECKING:
     from nas.data.task import TaskShape
@@ -110,6 +111,10 @@ class DartsSpace:
     ) -> DartsNetwork:
         """The network with weights drawn from ``generator``, on the generator's device."""
         return initialise(self.meta_network(architecture, shape, auxiliary=auxiliary), generator)
+
+    def supernet(self, shape: TaskShape, config: SupernetConfig, *, seed: int) -> Supernet:
+        """All networks of the space at once, for a differentiable search."""
+        return Supernet(shape, config, seed=seed)
 
 
 def _check_skeleton(skeleton: Skeleton) -> None:
