@@ -242,8 +242,9 @@ def _search_config(
 ) -> SearchConfig:
     config = preset.search(method)
     if epochs is not None:
-        # the share of epochs in which the alphas wait stays the method's
-        warmup = min(epochs - 1, round(epochs * config.warmup_epochs / config.epochs))
+        # the share of epochs in which the alphas wait stays the paper's
+        paper = method.paper_config()
+        warmup = min(epochs - 1, round(epochs * paper.warmup_epochs / paper.epochs))
         config = replace(config, epochs=epochs, warmup_epochs=warmup)
     supernet = replace(config.supernet, **_given(channels=channels, cells=cells))
     return replace(config, supernet=supernet, **_given(batch_size=batch_size))

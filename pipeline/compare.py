@@ -36,8 +36,6 @@ from pipeline.specification import ARCHITECTURE_FILE
 from pipeline.steps import StepRun, run_step
 from pipeline.tracking import RunLog
 
-SAMPLE_IMAGES = 4  # kept with the registered model as its input example
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -185,13 +183,12 @@ def _register(log: RunLog, task: ImageTask, comparison: Comparison, name: str) -
     best, accuracy = comparison.best, comparison.accuracy
     random_accuracy = comparison.random_accuracy
     skeleton = best.architecture.skeleton
-    sample = task.images.gather(task.splits.val[:SAMPLE_IMAGES]).permute(0, 2, 3, 1)
     return register(
         log,
         name,
         best.load().network,
         task,
-        sample=sample.contiguous().numpy(),
+        sample=task.examples.permute(0, 2, 3, 1).contiguous().numpy(),
         description=(
             f"A {best.architecture.space} network of {skeleton.cells} cells and "
             f"{skeleton.channels} channels for {task.name}: test accuracy {accuracy.mean:.2%} "

@@ -111,9 +111,9 @@ def evaluate(settings: EvaluateSettings, machine: Machine) -> Interval:
         {"target": settings.target.name},
     ) as job:
         model = resolve(job.log.tracker, settings.model)
-        height, _, _ = model.shape
-        wanted = settings.target.image_size or height
-        task = job.load(replace(settings.target, image_size=wanted))
+        height, width, _ = model.shape
+        own_size = settings.target.image_size or (height if height == width else None)
+        task = job.load(replace(settings.target, image_size=own_size))
         _check_fit(model.classes, model.shape, task)
         job.log.log_dataset(task, "target")
         predictions = _predict(model, task)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -128,5 +127,7 @@ def ui_command(tracker: Tracker) -> str:
     """What opens the MLflow UI on this store."""
     if tracker.uri.startswith(("http://", "https://")):
         return f"a browser at {tracker.uri}"
-    program = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).parent / "mlflow")
+    program = Path(sys.executable).parent / "mlflow"
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
     return f"{program} ui --backend-store-uri {tracker.uri}"

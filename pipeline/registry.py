@@ -29,6 +29,7 @@ from mlflow.types import Schema, TensorSpec
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from torch import Tensor, nn
 
+from nas.data.scaling import scale_to_cover
 from nas.errors import ConfigurationError, TrackingError
 from pipeline.tracking import RunLog, Tracker
 
@@ -46,23 +47,33 @@ class ServedNetwork(nn.Module):
     """A network with its preprocessing: uint8 [N, H, W, C] -> probabilities float32 [N, classes].
 
     Args:
-        network: maps normalised float32 [N, C, H, W] to logits [N, classes].
+        network: maps normalised float32 [N, C, height, width] to logits [N, classes].
         mean: per channel, of pixels scaled to 0..1.
         std: likewise.
+        size: (height, width) that the network was trained on; other images are scaled to it.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        size: tuple[int, int],
+    ) -> None:
         super().__init__()
         self.network = network
+        self.size = size
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = images.permute(0, 3, 1, 2).to(torch.float32) / 255
-        return torch.softmax(self.network((pixels - self.mean) / self.std), dim=1)
+        pixels = images.permute(0, 3, 1, 2).to(torch.float32)
+        if pixels.shape[2:] != self.size:
+            pixels = scale_to_cover(pixels, *self.size)
+        return torch.softmax(self.network((pixels / 255 - self.mean) / self.std), dim=1)
 
 
 @dataclass(frozen=True)
@@ -260,7 +271,8 @@ def _served(network: nn.Module, task: ImageTask) -> ServedNetwork:
     network = copy.deepcopy(network).cpu()
     if hasattr(network, "auxiliary_head"):  # it serves training only
         network.auxiliary_head = None  # type: ignore[assignment]
-    return ServedNetwork(network, task.mean, task.std).eval()
+    size = (task.shape.height, task.shape.width)
+    return ServedNetwork(network, task.mean, task.std, size).eval()
 
 
 def _save(

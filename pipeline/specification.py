@@ -52,7 +52,7 @@ def _read_file(path: Path, skeleton: Skeleton) -> Architecture:
         raise ArchitectureError(f"{path} is no text: {error}") from error
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return DartsSpace().from_genotype(read_genotype(text), skeleton)
     if isinstance(value, dict) and "decisions" in value:
         return Architecture.from_json(value)

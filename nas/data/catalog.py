@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nas.data.embedded import EMBEDDED
 from nas.data.files import FileImages, Progress, open_files
 from nas.data.folder import read_folder
+from nas.data.scaling import scale_to_cover
 from nas.data.splits import (
     TEST_FRACTION,
     balanced_subset,
@@ -41,6 +41,7 @@ DATA_SETS: dict[str, str] = {
     "if you have cut them",
 }
 MIN_SIZE, MAX_SIZE = 4, 1024  # pixels a side
+EXAMPLES = 4  # images kept as they came, to show what a deployed model will be given
 STATISTICS_IMAGES = 2000  # sample for mean and std of a set that stays in files
 
 
@@ -88,7 +89,9 @@ def load_task(
     if limit is not None and limit < len(raw.labels):
         raw = _limited(raw, limit, seed)
     images = _store(raw, image_size, largest, progress)
-    groups = duplicate_groups(images.fingerprints())
+    # by the images as they came, so that the splits do not depend on the size they are scaled to
+    came = TensorImages(raw.images) if isinstance(raw.images, Tensor) else images
+    groups = duplicate_groups(came.fingerprints())
     splits = make_splits(
         raw.labels,
         groups,
@@ -113,6 +116,7 @@ def load_task(
         mean=mean,
         std=std,
         flip=images.shape[0] == 3 if raw.flip is None else raw.flip,
+        examples=came.gather(splits.val[:EXAMPLES]),
         digest=task_digest(images, raw.labels, raw.classes, splits),
     )
 
@@ -182,18 +186,10 @@ def _store(
 
 def resized(pixels: Tensor, size: int) -> Tensor:
     """uint8 [N, C, H, W] scaled, antialiased, to cover a square of ``size``; centre cropped."""
-    height, width = pixels.shape[2:]
-    if (height, width) == (size, size):
+    if pixels.shape[2:] == (size, size):
         return pixels
-    scale = size / min(height, width)
-    covering = (max(size, round(height * scale)), max(size, round(width * scale)))
-    top, left = ((side - size) // 2 for side in covering)
-    chunks = [
-        F.interpolate(chunk.float(), covering, mode="bilinear", antialias=True)
-        [:, :, top : top + size, left : left + size].round().clamp(0, 255).to(torch.uint8)
-        for chunk in pixels.split(1024)
-    ]  # fmt: skip
-    return torch.cat(chunks)
+    chunks = [scale_to_cover(chunk.float(), size, size) for chunk in pixels.split(1024)]
+    return torch.cat([chunk.to(torch.uint8) for chunk in chunks])
 
 
 def _statistics_sample(images: ImageStore, train: Tensor) -> Tensor:

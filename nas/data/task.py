@@ -103,6 +103,7 @@ class ImageTask:
     mean: tuple[float, ...]  # per channel over the training split, pixels scaled to 0..1
     std: tuple[float, ...]  # likewise; never below MIN_STD
     flip: bool  # whether a mirrored image keeps its class
+    examples: Tensor  # a few images as they came, uint8 [n, C, H', W'], before any scaling
     digest: str  # SHA-256, hex, of pixels, labels, classes and splits
 
     @property

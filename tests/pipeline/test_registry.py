@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from workplace import Workplace
 
+from nas.data import load_task
 from nas.errors import ConfigurationError, TrackingError
 from pipeline.lineage import lineage
 from pipeline.registry import Registered, find_version, register, resolve
@@ -120,6 +121,16 @@ class TestRegister:
                 again = by_torch(torch.from_numpy(images)).numpy()
             np.testing.assert_allclose(again, truth, atol=1e-6)
         assert log.tracker.run(log.run_id).status == "RUNNING"  # type: ignore[union-attr]
+
+    def test_raw_images_of_another_size_are_scaled_inside_the_model(self, log: RunLog) -> None:
+        task = load_task("animals", root=Path("nowhere"), limit=300, image_size=14)
+        network = make_network(1, 10)
+        raw = task.examples.permute(0, 2, 3, 1).contiguous().numpy()
+        assert raw.shape[1:] == (28, 28, 1)
+        registered = add(log, 0.5, task=task, network=network, sample=raw)
+        scaled = task.images.gather(task.splits.val[: len(raw)]).permute(0, 2, 3, 1).numpy()
+        probabilities = mlflow.pyfunc.load_model(registered.uri).predict(raw)
+        np.testing.assert_allclose(probabilities, expected(network, task, scaled), atol=1e-6)
 
     def test_the_version_says_what_it_is(self, log: RunLog) -> None:
         log.set_tags({"lineage.search_run": "1234", "method": "darts"})

@@ -106,9 +106,10 @@ def test_the_first_error_stops_the_others_at_once(failing: int) -> None:
         loops.run(number)
 
     begun = time.monotonic()
-    with pytest.raises(DataError, match=f"item {failing} is broken"), Team(2) as team:
+    with Team(2) as team:
         loops = Loops(team)
-        team.map(work, range(4))
+        with pytest.raises(DataError, match=f"item {failing} is broken"):
+            team.map(work, range(4))
     assert time.monotonic() - begun < LONG / 2
     # the one that ran was stopped, those that waited have not begun
     assert loops.stopped == [1 - failing]
@@ -121,21 +122,29 @@ def test_an_error_is_told_while_other_items_are_waited_for() -> None:
         assert loops.started.acquire(timeout=LONG)
         raise DataError("the transferred one is broken")
 
-    with pytest.raises(DataError, match="the transferred one"), Team(2) as team:
+    with Team(2) as team:
         loops = Loops(team)
         team.start(fail, [0])
-        team.map(loops.run, [1])
+        with pytest.raises(DataError, match="the transferred one"):
+            team.map(loops.run, [1])
     assert loops.stopped == [1]
 
 
 def test_an_error_of_the_main_thread_stops_the_team() -> None:
-    with pytest.raises(ValueError, match="elsewhere"), Team(2) as team:
-        loops = Loops(team)
-        team.start(loops.run, range(5))
-        assert loops.started.acquire(timeout=LONG)
-        raise ValueError("elsewhere")
-    assert set(loops.stopped) <= {0, 1}
-    assert loops.stopped
+    stopped: list[int] = []
+
+    def job() -> None:
+        with Team(2) as team:
+            loops = Loops(team)
+            loops.stopped = stopped
+            team.start(loops.run, range(5))
+            assert loops.started.acquire(timeout=LONG)
+            raise ValueError("elsewhere")
+
+    with pytest.raises(ValueError, match="elsewhere"):
+        job()
+    assert stopped
+    assert set(stopped) <= {0, 1}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -147,10 +156,11 @@ def test_a_signal_stops_the_workers(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
 
     begun = time.monotonic()
-    with interruptible(), pytest.raises(KeyboardInterrupt), Team(2) as team:
+    with interruptible(), Team(2) as team:
         loops = Loops(team)
         threading.Thread(target=signal_when_running).start()
-        team.map(loops.run, range(4))
+        with pytest.raises(KeyboardInterrupt):
+            team.map(loops.run, range(4))
     assert time.monotonic() - begun < LONG / 2
     assert sorted(loops.stopped) == [0, 1]
 
@@ -171,11 +181,12 @@ def test_a_signal_just_before_the_main_thread_waits() -> None:
     previous = signal.signal(signal.SIGUSR1, handle)
     begun = time.monotonic()
     try:
-        with pytest.raises(KeyboardInterrupt), Team(1) as team:
+        with Team(1) as team:
             team.map(str, [0])  # the pool's thread is there, and nothing else is started
             loops = Loops(team)
             Late().start()
-            team.map(loops.run, [0])
+            with pytest.raises(KeyboardInterrupt):
+                team.map(loops.run, [0])
     finally:
         signal.signal(signal.SIGUSR1, previous)
     assert time.monotonic() - begun < LONG / 2

@@ -103,3 +103,14 @@ def test_a_limit_must_leave_every_class_in_every_split() -> None:
     with pytest.raises(DataError, match=r"class '0' has 2 different image"):
         load_task("digits", root=NOWHERE, limit=20)
     assert len(load_task("digits", root=NOWHERE, limit=30).splits.val) == 10
+
+
+def test_the_splits_do_not_depend_on_the_size() -> None:
+    own = load_task("animals", root=NOWHERE, limit=600)
+    small = load_task("animals", root=NOWHERE, limit=600, largest=14)
+    assert small.shape.height == 14
+    assert load_task("animals", root=NOWHERE, limit=600, largest=64).shape.height == 28
+    for split in ("train", "val", "test"):
+        assert torch.equal(getattr(own.splits, split), getattr(small.splits, split))
+    # what is shown to a deployed model are the images as they came
+    assert torch.equal(small.examples, own.images.gather(own.splits.val[: len(own.examples)]))
