@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,62 +47,32 @@ class Trained:
         return load_network(self.path)
 
 
-def train_step(
-    job: Job,
-    task: ImageTask,
-    architecture: Architecture,
-    config: TrainConfig,
-    seed: int,
-    *,
-    label: str,
-    group: str,
-) -> Trained:
-    """Train ``architecture`` on ``task``, or take over an equal training."""
-    title = f"train {label} on {task.name}"
+@dataclass(frozen=True)
+class Candidate:
+    """A network to train: what, by which recipe, from which seed, and what to call it."""
 
-    def body(step: StepRun) -> Mapping[str, Any]:
-        step.log.log_dataset(task, "target")
-        training = Training(
-            task,
-            architecture,
-            config,
-            seed=seed,
-            device=job.device,
-            workers=job.machine.workers,
-        )
-        with watched(title, step.log, job.team.observer) as observer:
-            result = training.run(step.checkpoint, observer)
-        trained = TrainedNetwork(result.network, architecture, task.shape)
-        save_network(step.directory / NETWORK_FILE, trained)
-        if architecture.space == "darts":
-            cells = draw_cells(DartsSpace().genotype(architecture))
-            step.log.log_figure(cells, "pictures/cells.png")
-        curves = draw_learning_curves({label: result.records})
-        step.log.log_figure(curves, "pictures/curves.png")
-        network = find_space(architecture.space).meta_network(
-            architecture, task.shape, auxiliary=False
-        )
-        values = {
-            "val_accuracy": result.validation_accuracy,
-            "seconds": result.seconds,
-            "params": count_parameters(network),
-            "macs": count_macs(network, task.shape),
-        }
-        step.log.log_metrics(values)
-        return {**values, "records": [dict(record.metrics) for record in result.records]}
+    label: str
+    group: str
+    architecture: Architecture
+    config: TrainConfig
+    seed: int
 
+
+def train_step(job: Job, task: ImageTask, candidate: Candidate) -> Trained:
+    """Train ``candidate`` on ``task``, or take over an equal training."""
+    architecture, config = candidate.architecture, candidate.config
     inputs = {
         "task": task.digest,
         "architecture": architecture.to_json(),
         "config": asdict(config),
-        "seed": seed,
+        "seed": candidate.seed,
         "device": job.device.type,
     }
     outcome = run_step(
         "train",
-        title,
+        f"train {candidate.label} on {task.name}",
         inputs,
-        body,
+        lambda step: _train(job, task, candidate, step),
         parent=job.log,
         fresh=job.machine.fresh,
         params={
@@ -110,21 +80,21 @@ def train_step(
             "architecture": architecture.digest,
             "channels": architecture.skeleton.channels,
             "cells": architecture.skeleton.cells,
-            "seed": seed,
+            "seed": candidate.seed,
             **flat("train", config),
         },
         tags={
             "space": architecture.space,
             "target": task.name,
-            "group": group,
+            "group": candidate.group,
             "genotype.digest": architecture.digest,
         },
         say=say,
     )
     results = outcome.results
     return Trained(
-        label=label,
-        group=group,
+        label=candidate.label,
+        group=candidate.group,
         run_id=outcome.run_id,
         digest=step_digest("train", inputs),
         architecture=architecture,
@@ -135,6 +105,39 @@ def train_step(
         records=tuple(EpochRecord(e, m) for e, m in enumerate(results["records"])),
         path=outcome.directory / NETWORK_FILE,
     )
+
+
+def _train(job: Job, task: ImageTask, candidate: Candidate, step: StepRun) -> dict[str, Any]:
+    """The work of the step; the values are what a later step needs."""
+    architecture = candidate.architecture
+    step.log.log_dataset(task, "target")
+    training = Training(
+        task,
+        architecture,
+        candidate.config,
+        seed=candidate.seed,
+        device=job.device,
+        workers=job.machine.workers,
+    )
+    title = f"train {candidate.label} on {task.name}"
+    with watched(title, step.log, job.team.observer) as observer:
+        result = training.run(step.checkpoint, observer)
+    trained = TrainedNetwork(result.network, architecture, task.shape)
+    save_network(step.directory / NETWORK_FILE, trained)
+    if architecture.space == "darts":
+        cells = draw_cells(DartsSpace().genotype(architecture))
+        step.log.log_figure(cells, "pictures/cells.png")
+    curves = draw_learning_curves({candidate.label: result.records})
+    step.log.log_figure(curves, "pictures/curves.png")
+    network = find_space(architecture.space).meta_network(architecture, task.shape, auxiliary=False)
+    values = {
+        "val_accuracy": result.validation_accuracy,
+        "seconds": result.seconds,
+        "params": count_parameters(network),
+        "macs": count_macs(network, task.shape),
+    }
+    step.log.log_metrics(values)
+    return {**values, "records": [dict(record.metrics) for record in result.records]}
 
 
 def train_beside_random(
@@ -155,22 +158,16 @@ def train_beside_random(
 
     def train_seed(seed: int) -> Trained:
         label = f"transferred, seed {seed}"
-        return train_step(job, task, architecture, config, seed, label=label, group=TRANSFERRED)
+        return train_step(job, task, Candidate(label, TRANSFERRED, architecture, config, seed))
 
     random: dict[int, Trained] = {}
 
     def train_proposal(proposal: Proposal) -> float | Exception:
         number = proposal.number
         try:
-            random[number] = train_step(
-                job,
-                task,
-                proposal.architecture,
-                config,
-                derive_seed(seeds[0], "random baseline", number) % 2**31,
-                label=f"random {number}",
-                group=RANDOM,
-            )
+            seed = derive_seed(seeds[0], "random baseline", number) % 2**31
+            candidate = Candidate(f"random {number}", RANDOM, proposal.architecture, config, seed)
+            random[number] = train_step(job, task, candidate)
         except Exception as error:
             if is_failure(error):
                 return error
