@@ -25,7 +25,8 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 	@touch $@
 
 transfer: $(READY)  ## run the main job on embedded data
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . -e transfer --env-manager local $(ARGUMENTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . -e transfer \
+	  --env-manager local --experiment-name nas-transfer $(ARGUMENTS)
 
 test: lint  ## lint, type-check and test
 	$(BIN)/python -m pytest

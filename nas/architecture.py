@@ -78,6 +78,15 @@ class Architecture:
 
     @property
     def digest(self) -> str:
-        """12 hex digits that name this architecture in tags and file names."""
-        text = json.dumps(self.to_json(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """12 hex digits that name this architecture, cells and skeleton."""
+        return _digest(self.to_json())
+
+    @property
+    def genotype_digest(self) -> str:
+        """12 hex digits that name what was decided, the same in every skeleton."""
+        return _digest([self.space, self.decisions])
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -23,6 +23,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigurationError(f"unknown device '{name}': use auto, cpu or cuda[:N]") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device '{name}' is not supported: use auto, cpu or cuda[:N]")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError(f"device '{name}' was asked for, but PyTorch sees no GPU")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -41,7 +43,10 @@ def mixed_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this process: allocated on the GPU, or resident on the CPU."""
+    """Peak memory: allocated on the GPU since the loop began, or resident on the CPU.
+
+    The CPU's is that of the whole process since it started: earlier and parallel work counts.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024

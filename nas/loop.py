@@ -97,6 +97,7 @@ class ResumableLoop(ABC, Generic[Item]):
         self.identity = dict(identity)
         self.epoch = 0
         self.batch = 0
+        self.unreported = 0  # images since the observer last heard
         self.meter = Meter(device)
         self.watch = Stopwatch()
         self.epoch_watch = Stopwatch()
@@ -131,8 +132,11 @@ class ResumableLoop(ABC, Generic[Item]):
         """
         if checkpoint is not None and checkpoint.exists():
             self._restore(load_checkpoint(checkpoint))
+            observer.on_resume(self.records)
         else:
             self.watch, self.epoch_watch = Stopwatch(), Stopwatch()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         while self.epoch < self.epochs:
             self._run_epoch(checkpoint, observer)
             record = EpochRecord(self.epoch, self.summarise(observer))
@@ -146,14 +150,14 @@ class ResumableLoop(ABC, Generic[Item]):
     def _run_epoch(self, checkpoint: Path | None, observer: Observer) -> None:
         since_saved = Stopwatch()
         for item in self.batches():
-            images = self.step(item)
+            self.unreported += self.step(item)
             self.batch += 1
-            self._report(images, observer)
+            self._report(observer)
             if checkpoint is not None and since_saved.seconds > CHECKPOINT_SECONDS:
                 save_checkpoint(checkpoint, self._state())
                 since_saved = Stopwatch()
 
-    def _report(self, images: int, observer: Observer) -> None:
+    def _report(self, observer: Observer) -> None:
         if self.device.type != "cpu" and self.batch % REPORT_EVERY and self.batch < self.steps:
             return
         loss, accuracy = self.meter.read(f"epoch {self.epoch + 1}, batch {self.batch}")
@@ -164,11 +168,12 @@ class ResumableLoop(ABC, Generic[Item]):
                 epochs=self.epochs,
                 batch=self.batch,
                 batches=self.steps,
-                images=images,
+                images=self.unreported,
                 loss=loss,
                 accuracy=accuracy,
             )
         )
+        self.unreported = 0
 
     def _state(self) -> Checkpoint:
         return Checkpoint(

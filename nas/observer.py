@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class BatchEvent:
-    """One finished batch. ``loss`` and ``accuracy`` (0..1) are running means over the epoch."""
+    """Finished batches. ``loss`` and ``accuracy`` (0..1) are running means over the epoch."""
 
-    phase: str  # "search", "training" or "evaluate"
+    phase: str  # "search" or "training"
     epoch: int  # from 0
     epochs: int
     batch: int  # finished batches of this epoch, from 1
     batches: int
-    images: int  # in this batch
+    images: int  # since the event before
     loss: float
     accuracy: float
 
@@ -33,6 +33,9 @@ class Observer:
 
     def on_batch(self, event: BatchEvent) -> None:
         """Called after each batch."""
+
+    def on_resume(self, records: Sequence[EpochRecord]) -> None:
+        """Called when a loop goes on from a checkpoint, with the epochs before it."""
 
     def on_epoch(self, record: EpochRecord) -> None:
         """Called after each epoch, once its checkpoint is safe on disk."""

@@ -38,7 +38,7 @@ class TrainConfig:
     Attributes:
         schedule: "cosine" to 0, or "exponential": times ``decay`` each epoch.
         auxiliary_weight: share of the auxiliary head's loss; 0 builds none.
-        drop_path: drop probability of the last epoch, reached linearly from 0.
+        drop_path: epoch e of E drops paths with probability ``drop_path`` e / E.
         cutout: side of the square that is blanked in each image, in pixels.
         random_resized_crop, color_jitter: the ImageNet augmentation.
         flip: mirror images, where the data allow it.
@@ -97,17 +97,6 @@ TRAINING_PRESETS: dict[str, TrainConfig] = {
         color_jitter=0.4,
     ),
 }
-
-
-def find_training_preset(name: str) -> TrainConfig:
-    """The recipe called ``name``.
-
-    Raises:
-        UnknownNameError: there is none of that name; the message suggests the nearest.
-    """
-    if name not in TRAINING_PRESETS:
-        raise UnknownNameError("training preset", name, TRAINING_PRESETS)
-    return TRAINING_PRESETS[name]
 
 
 @dataclass(frozen=True)

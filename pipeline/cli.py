@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,6 +43,7 @@ app = typer.Typer(
 @app.command("main", hidden=True, help="The same as transfer.")
 @app.command("transfer")
 def transfer_command(
+    context: typer.Context,
     source: o.Source = "digits",
     target: o.Target = "animals",
     method: o.MethodName = "darts",
@@ -94,12 +96,13 @@ def transfer_command(
                 model_name=model_name or _model_name(target),
             ),
         ),
-        Machine(device, workers, parallel, scale.threads, data, fresh),
+        Machine(device, workers, parallel, scale.threads, data, fresh, _options(context)),
     )
 
 
 @app.command("search")
 def search_command(
+    context: typer.Context,
     source: o.Source = "digits",
     method: o.MethodName = "darts",
     preset: o.PresetName = "quick",
@@ -125,12 +128,13 @@ def search_command(
         SearchSettings(
             DataSettings(source, source_size, source_limit, scale.largest), searcher, config, seed
         ),
-        Machine(device, workers, None, scale.threads, data, fresh),
+        Machine(device, workers, None, scale.threads, data, fresh, _options(context)),
     )
 
 
 @app.command("retrain")
 def retrain_command(
+    context: typer.Context,
     architecture: o.ArchitectureName = "DARTS_V2",
     target: o.Target = "animals",
     preset: o.PresetName = "quick",
@@ -159,7 +163,7 @@ def retrain_command(
             architecture=architecture,
             target=DataSettings(target, target_size, target_limit, scale.largest),
             skeleton=Skeleton("cifar", scale.channels, scale.cells),
-            stack=_stack(scale, channels, cells, max_macs, stem),
+            stack=StackSettings(channels, cells, _limit(max_macs), stem),
             compare=CompareSettings(
                 training=_train_config(scale, train_epochs, train_batch_size),
                 seeds=seeds,
@@ -167,24 +171,24 @@ def retrain_command(
                 model_name=model_name or _model_name(target),
             ),
         ),
-        Machine(device, workers, parallel, scale.threads, data, fresh),
+        Machine(device, workers, parallel, scale.threads, data, fresh, _options(context)),
     )
 
 
 @app.command("evaluate")
 def evaluate_command(
+    context: typer.Context,
     model: o.ModelUri = "nas-animals",
     target: o.Target = "animals",
     target_size: o.TargetSize = None,
     target_limit: o.TargetLimit = None,
-    device: o.Device = "auto",
     data: o.DataRoot = None,
     verbose: o.Verbose = False,
 ) -> None:
     """Test a registered model on the test split, as anyone would use it."""
     evaluate(
         EvaluateSettings(model, DataSettings(target, target_size, target_limit)),
-        Machine(device, data=data),
+        Machine(device="cpu", data=data, options=_options(context)),
     )
 
 
@@ -226,6 +230,18 @@ def _from_mlflow(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
+def _options(context: typer.Context) -> dict[str, str]:
+    """Every option as `mlflow run` logs it, so that runs compare however they were started."""
+    options = {}
+    for option in context.command.params:
+        if option.name in context.params:
+            value = context.params[option.name]
+            text = "" if value is None else str(value)
+            name = max(option.opts, key=len).removeprefix("--").replace("-", "_")
+            options[name] = shlex.quote(text.lower() if isinstance(value, bool) else text)
+    return options
+
+
 def _with_hyphens(option: str) -> str:
     """ "--source_size=8" as "--source-size=8"; a value keeps its underscores."""
     name, equals, value = option.partition("=")
@@ -261,10 +277,14 @@ def _stack(
     max_macs: str | None,
     stem: str | None,
 ) -> StackSettings:
-    limit = None if max_macs is None else parse_macs(max_macs)
+    limit = _limit(max_macs)
     if channels is None and limit is None:
         channels = preset.channels
     return StackSettings(channels, cells or preset.cells, limit, stem)
+
+
+def _limit(max_macs: str | None) -> int | None:
+    return None if max_macs is None else parse_macs(max_macs)
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from nas.architecture import Architecture
 from nas.data import ImageTask
+from nas.errors import TrackingError
 from nas.evaluation import count_macs, count_parameters
 from nas.spaces import DartsSpace, find_space
 from nas.statistics import (
@@ -20,7 +21,7 @@ from nas.statistics import (
     relative_improvement_interval,
     welch_difference,
 )
-from pipeline.console import Summary, human_count, say
+from pipeline.console import Summary, human_count, print_summary, say, summary_markdown
 from pipeline.evaluate import evaluation_step
 from pipeline.figures import (
     NetworkAccuracies,
@@ -28,9 +29,9 @@ from pipeline.figures import (
     draw_comparison,
     draw_learning_curves,
 )
-from pipeline.job import Job, ui_command
+from pipeline.job import Job, flat, ui_command
 from pipeline.networks import RANDOM, TRANSFERRED, Trained, train_beside_random
-from pipeline.registry import LINEAGE, Registered, is_registered, register
+from pipeline.registry import LINEAGE, Registered, as_it_stands, register
 from pipeline.settings import CompareSettings
 from pipeline.specification import ARCHITECTURE_FILE
 from pipeline.steps import StepRun, run_step
@@ -46,6 +47,7 @@ class Comparison:
     improvement: Interval  # percent, papers: RI
     linear_accuracy: float
     best: Trained  # by validation accuracy; the one that is registered
+    best_accuracy: float  # its own
     training_seconds: float  # of the transferred network, all seeds
 
 
@@ -54,6 +56,7 @@ def compare(
 ) -> Comparison:
     """Train ``architecture`` over seeds and as many random ones, test all, register the best."""
     _say_size(architecture, task)
+    job.log.log_params(flat("network", asdict(architecture.skeleton)))
     seeds = range(settings.seed, settings.seed + settings.seeds)
     transferred, random = train_beside_random(job, task, architecture, settings.training, seeds)
     best = max(transferred, key=lambda trained: trained.validation_accuracy)
@@ -62,9 +65,10 @@ def compare(
     comparison = Comparison(
         accuracy=mean_interval(ours),
         random_accuracy=mean_interval(theirs),
-        improvement=relative_improvement_interval(ours, theirs, settings.seed),
+        improvement=relative_improvement_interval(ours, theirs),
         linear_accuracy=tested.linear,
         best=best,
+        best_accuracy=ours[transferred.index(best)],
         training_seconds=sum(trained.seconds for trained in transferred),
     )
     _log_metrics(job, comparison, ours, theirs)
@@ -145,30 +149,39 @@ def register_step(job: Job, task: ImageTask, comparison: Comparison, name: str) 
         genotype = DartsSpace().genotype(architecture)
         job.log.log_json(genotype.to_json(), "genotype.json")
         job.log.log_figure(draw_cells(genotype), "pictures/cells.png")
-    job.log.set_tags({"lineage.training_run": best.run_id, "genotype.digest": architecture.digest})
+    job.log.set_tags(
+        {"lineage.training_run": best.run_id, "genotype.digest": architecture.genotype_digest}
+    )
     lineage = {key: value for key, value in job.log.tags().items() if key.startswith(LINEAGE)}
 
     def body(step: StepRun) -> Mapping[str, Any]:
         registered = _register(step.log, task, comparison, name)
         return asdict(registered)
 
-    outcome = run_step(
-        "register",
-        f"register {name}",
-        {
-            "name": name,
-            "network": best.digest,
-            "accuracy": comparison.accuracy.mean,
-            "random_accuracy": comparison.random_accuracy.mean,
-        },
-        body,
-        parent=job.log,
-        # the version may have been deleted since it was registered
-        fresh=job.machine.fresh or not is_registered(job.log.tracker, name),
-        tags={"target": task.name, **lineage},
-        say=say,
-    )
-    registered = Registered(**outcome.results)
+    inputs = {
+        "name": name,
+        "network": best.digest,
+        "accuracy": comparison.accuracy.mean,
+        "random_accuracy": comparison.random_accuracy.mean,
+    }
+
+    def run(fresh: bool) -> Registered | None:
+        outcome = run_step(
+            "register",
+            f"register {name}",
+            inputs,
+            body,
+            parent=job.log,
+            fresh=fresh,
+            tags={"target": task.name, **lineage},
+            say=say,
+        )
+        return as_it_stands(job.log.tracker, Registered(**outcome.results))
+
+    registered = run(job.machine.fresh) or run(fresh=True)
+    if registered is None:
+        raise TrackingError(f"the new version of '{name}' vanished while it was registered")
+    job.log.log_model_output(registered.model_id)
     job.log.set_tags(
         {
             "model.name": registered.name,
@@ -196,11 +209,12 @@ def _register(log: RunLog, task: ImageTask, comparison: Comparison, name: str) -
             "uint8 images [N, H, W, C], returns probabilities [N, classes]."
         ),
         tags={
-            "genotype_digest": best.architecture.digest,
+            "test_accuracy": comparison.best_accuracy,
+            "test_accuracy_mean": accuracy.mean,
+            "random_accuracy": random_accuracy.mean,
             "macs": best.macs,
             "params": best.parameters,
-            "test_accuracy": accuracy.mean,
-            "random_accuracy": random_accuracy.mean,
+            "genotype_digest": best.architecture.genotype_digest,
         },
         validation_accuracy=best.validation_accuracy,
         say=say,
@@ -238,3 +252,9 @@ def summarise(
         model_alias=registered.alias,
         ui_command=ui_command(job.log.tracker),
     )
+
+
+def finish(job: Job, summary: Summary) -> None:
+    """End a job: the table on the console, and the same as the description of its run."""
+    job.log.describe(summary_markdown(summary))
+    print_summary(summary)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
@@ -66,6 +66,10 @@ class Observers(Observer):
     def on_batch(self, event: BatchEvent) -> None:
         for observer in self._observers:
             observer.on_batch(event)
+
+    def on_resume(self, records: Sequence[EpochRecord]) -> None:
+        for observer in self._observers:
+            observer.on_resume(records)
 
     def on_epoch(self, record: EpochRecord) -> None:
         for observer in self._observers:
@@ -243,6 +247,13 @@ def print_summary(summary: Summary, console: Console = CONSOLE) -> None:
         table.add_row(label, value)
     console.print(table, markup=False)
     say(f"open the MLflow UI: {summary.ui_command}", console)
+
+
+def summary_markdown(summary: Summary) -> str:
+    """The same table for the MLflow UI, which shows Markdown."""
+    rows = [(label, value.replace("|", r"\|")) for label, value in _summary_rows(summary)]
+    lines = (f"| {label} | {value} |" for label, value in rows)
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def _summary_rows(summary: Summary) -> list[tuple[str, str]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pipeline.tracking import RunLog, Tracker, connect
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how a job runs; nothing here changes its result.
+    """Where and how a job runs; nothing here changes its result by more than rounding.
 
     Attributes:
         device: "auto", "cpu" or "cuda[:N]".
@@ -32,6 +32,7 @@ class Machine:
         threads: cores that a single step uses; None leaves it to PyTorch.
         data: folder of downloaded data sets; None is a folder of the user's cache.
         fresh: never reuse a finished step or go on with a killed one.
+        options: of the command line, to be logged as parameters of the run.
     """
 
     device: str = "auto"
@@ -40,6 +41,7 @@ class Machine:
     threads: int | None = None
     data: Path | None = None
     fresh: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def open_job(
         torch.set_num_threads(machine.threads)
     team = Team(machine.parallel or one_a_core)
     with connect().open_run(name, tags=tags) as log, team:
-        log.log_params(params)
+        log.log_params({**machine.options, **params})
         yield Job(log, machine, device, team)
 
 
@@ -97,6 +99,11 @@ class RunObserver(Observer):
 
     def __init__(self, log: RunLog) -> None:
         self.log = log
+
+    def on_resume(self, records: Sequence[EpochRecord]) -> None:
+        # A kill may have come between a checkpoint and its log, or the run be a new one.
+        for record in records:
+            self.on_epoch(record)
 
     def on_epoch(self, record: EpochRecord) -> None:
         self.log.log_metrics(record.metrics, step=record.epoch)

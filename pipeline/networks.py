@@ -78,8 +78,7 @@ def train_step(job: Job, task: ImageTask, candidate: Candidate) -> Trained:
         params={
             "target": task.name,
             "architecture": architecture.digest,
-            "channels": architecture.skeleton.channels,
-            "cells": architecture.skeleton.cells,
+            **flat("network", asdict(architecture.skeleton)),
             "seed": candidate.seed,
             **flat("train", config),
         },
@@ -87,7 +86,7 @@ def train_step(job: Job, task: ImageTask, candidate: Candidate) -> Trained:
             "space": architecture.space,
             "target": task.name,
             "group": candidate.group,
-            "genotype.digest": architecture.digest,
+            "genotype.digest": architecture.genotype_digest,
         },
         say=say,
     )
@@ -170,7 +169,7 @@ def train_beside_random(
             random[number] = train_step(job, task, candidate)
         except Exception as error:
             if is_failure(error):
-                return error
+                return error.with_traceback(None)  # whose frames would keep the network in memory
             raise
         return random[number].validation_accuracy
 

@@ -11,7 +11,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -165,7 +165,7 @@ def register(
             name,
             f"models:/{model_id}",
             run_id=log.run_id,
-            tags=_version_tags(log, task, validation_accuracy) | _texts(tags),
+            tags=_texts(tags) | _version_tags(log, task, validation_accuracy),
             description=description,
             model_id=model_id,
         )
@@ -177,10 +177,14 @@ def register(
     return Registered(name, str(made.version), alias, uri, model_id)
 
 
-def is_registered(tracker: Tracker, name: str) -> bool:
-    """Whether the registry has a model of that name."""
-    with tracker.reported("list its models"):
-        return bool(tracker.client.search_registered_models(f"name = '{name}'"))
+def as_it_stands(tracker: Tracker, registered: Registered) -> Registered | None:
+    """``registered`` with the alias it has today; None where the version was deleted since."""
+    try:
+        version = find_version(tracker, registered.uri)
+    except TrackingError:
+        return None
+    alias = next((alias for alias in (CHAMPION, CHALLENGER) if alias in version.aliases), "")
+    return replace(registered, alias=alias)
 
 
 def resolve(tracker: Tracker, uri: str) -> RegisteredNetwork:
@@ -313,11 +317,12 @@ def _pinned(package: str) -> str:
 
 def _version_tags(log: RunLog, task: ImageTask, validation_accuracy: float) -> dict[str, str]:
     lineage = {key: value for key, value in log.tags().items() if key.startswith(LINEAGE)}
-    return lineage | {
+    return {
+        ACCURACY: repr(float(validation_accuracy)),
         "dataset": task.name,
         "dataset_digest": task.digest,
         "classes": json.dumps(task.classes),
-        ACCURACY: repr(float(validation_accuracy)),
+        **lineage,
     }
 
 

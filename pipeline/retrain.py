@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from nas.architecture import Skeleton
 from nas.data import ImageTask
-from pipeline.compare import Comparison, compare, register_step, summarise
-from pipeline.console import print_summary
-from pipeline.job import Machine, flat, open_job
+from pipeline.compare import Comparison, compare, finish, register_step, summarise
+from pipeline.job import Job, Machine, flat, open_job
 from pipeline.settings import CompareSettings, DataSettings, StackSettings
 from pipeline.specification import RUN, read_architecture
 
@@ -46,15 +45,18 @@ def retrain(settings: RetrainSettings, machine: Machine) -> Comparison:
         given = read_architecture(settings.architecture, settings.skeleton, job.log.tracker)
         task = job.load(settings.target)
         job.log.log_dataset(task, "target")
-        job.log.set_tags(_lineage(settings.architecture, task))
+        job.log.set_tags(_lineage(job, settings.architecture, task))
         comparison = compare(job, task, settings.stack.apply(given, task), settings.compare)
         registered = register_step(job, task, comparison, settings.compare.model_name)
-        print_summary(summarise(job, task, settings.architecture, comparison, registered))
+        finish(job, summarise(job, task, settings.architecture, comparison, registered))
     return comparison
 
 
-def _lineage(architecture: str, task: ImageTask) -> dict[str, str]:
+def _lineage(job: Job, architecture: str, task: ImageTask) -> dict[str, str]:
     tags = {"lineage.architecture": architecture, "lineage.target_digest": task.digest}
     if architecture.startswith(RUN):
-        tags["lineage.search_run"] = architecture.removeprefix(RUN)
+        run_id = architecture.removeprefix(RUN)
+        run = job.log.tracker.run(run_id)
+        # a job names the search step in it; a search step is the search itself
+        tags["lineage.search_run"] = run.tags.get("lineage.search_run", run_id) if run else run_id
     return tags

@@ -107,7 +107,7 @@ def _keep(
     step.log.log_figure(draw_alphas(result.mixing_history, OPERATIONS), "pictures/alphas.png")
     step.log.log_figure(draw_search_curves(result.records), "pictures/curves.png")
     step.log.log_metrics({"search/seconds": result.seconds})
-    step.log.set_tags({"genotype.digest": architecture.digest})
+    step.log.set_tags({"genotype.digest": architecture.genotype_digest})
     return {
         "genotype": result.genotype.to_json(),
         "architecture": architecture.to_json(),

@@ -88,8 +88,8 @@ class CompareSettings:
     model_name: str
 
     def __post_init__(self) -> None:
-        if not self.model_name.strip() or set(self.model_name) & set("/:"):
+        if not self.model_name.strip() or set(self.model_name) & set("/:'"):
             raise ConfigurationError(
                 f"'{self.model_name}' cannot be a registered model's name: it needs a character "
-                "and takes neither slash nor colon; choose another --model-name"
+                "and takes no slash, colon or quote; choose another --model-name"
             )

@@ -23,7 +23,8 @@ def read_architecture(name: str, skeleton: Skeleton, tracker: Tracker) -> Archit
         name: a published genotype ("DARTS_V2"), ``run:ID`` of a search or transfer, or the path
             of a file: an architecture or genotype as JSON, or a genotype in the text form of the
             DARTS code.
-        skeleton: for a genotype, which has none of its own.
+        skeleton: for all but an architecture's file, which has its own; that of a run is the
+            supernet's, or made for another target.
 
     Raises:
         UnknownNameError: neither a published name nor a file.
@@ -36,10 +37,10 @@ def read_architecture(name: str, skeleton: Skeleton, tracker: Tracker) -> Archit
         path = tracker.artifacts(name[len(RUN) :]) / ARCHITECTURE_FILE
         if not path.is_file():
             raise ArchitectureError(f"'{name}' has no {ARCHITECTURE_FILE}: name a search's run")
-    else:
-        path = Path(name)
-        if not path.is_file():
-            raise UnknownNameError("architecture (and no such file)", name, [*PUBLISHED, "run:ID"])
+        return _read_file(path, skeleton).with_skeleton(skeleton)
+    path = Path(name)
+    if not path.is_file():
+        raise UnknownNameError("architecture (and no such file)", name, [*PUBLISHED, "run:ID"])
     return _read_file(path, skeleton)
 
 

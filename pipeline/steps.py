@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,6 +31,8 @@ RESULTS = "results.json"
 FILES = "files.json"  # every artifact of the step and its size in bytes
 # Worker processes of a killed job keep its lock for a moment, until they see that it is gone.
 ORPHAN_SECONDS = 15.0
+# Steps that run side by side add to the same tag of their parent.
+TAGGING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -196,8 +199,9 @@ def _reuse(
     ended = f"{past.ended:%Y-%m-%d %H:%M}" if past.ended else "earlier"
     say(f"reusing {title} (run {past.run_id[:8]}, finished {ended})")
     tag = f"reused.{name}"
-    known = parent.tags().get(tag, "").split(",")
-    parent.set_tags({tag: ",".join(dict.fromkeys(filter(None, [*known, past.run_id])))})
+    with TAGGING:
+        known = parent.tags().get(tag, "").split(",")
+        parent.set_tags({tag: ",".join(dict.fromkeys(filter(None, [*known, past.run_id])))})
     return outcome
 
 

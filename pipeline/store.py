@@ -22,6 +22,7 @@ from mlflow.tracking import MlflowClient
 from nas.errors import TrackingError
 
 EXPERIMENT = "nas-transfer"
+KIND = "mlflow.experimentKind"  # without it the UI shows the pages of a language model's traces
 PROBE_SECONDS = 5
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 UNAVAILABLE = (502, 503, 504)  # a proxy's word for a server that does not answer
@@ -157,18 +158,20 @@ def _check_folder(uri: str) -> None:
 
 
 def _find_experiment(client: MlflowClient, run_id: str | None) -> str:
-    if run_id:
-        return str(client.get_run(run_id).info.experiment_id)
     wanted_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    if run_id:
+        wanted_id = client.get_run(run_id).info.experiment_id
     found = client.get_experiment(wanted_id) if wanted_id else client.get_experiment_by_name(name)
     if found is None:
-        return str(client.create_experiment(name))
+        found = client.get_experiment(client.create_experiment(name))
     if found.lifecycle_stage != "active":
         raise TrackingError(
             f"the experiment '{found.name}' was deleted: `mlflow experiments restore -x "
             f"{found.experiment_id}` brings it back, MLFLOW_EXPERIMENT_NAME chooses another one"
         )
+    if KIND not in found.tags:
+        client.set_experiment_tag(found.experiment_id, KIND, "custom_model_development")
     return str(found.experiment_id)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -32,7 +33,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
 from nas.errors import TrackingError
 from pipeline.afterwards import insist_on_killed
@@ -55,6 +56,9 @@ UNKNOWN_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 # What MLflow calls a run that nobody named, e.g. "nimble-fox-123".
 RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")
 
+
+# Matplotlib's parser of mathematical text is shared by all threads and bears only one.
+DRAWING = threading.Lock()
 
 Entry = TypeVar("Entry")
 
@@ -111,6 +115,10 @@ class RunLog:
             for batch in _batches(entries, PARAMS_A_BATCH):
                 self._client.log_batch(self.run_id, tags=batch)
 
+    def describe(self, markdown: str) -> None:
+        """Set the description that the UI shows above everything else."""
+        self.set_tags({MLFLOW_RUN_NOTE: markdown})
+
     def tags(self) -> dict[str, str]:
         """The run's tags as the store has them now."""
         with self.tracker.reported("read a run"):
@@ -118,7 +126,7 @@ class RunLog:
 
     def log_figure(self, figure: Figure, path: str) -> None:
         """Log a matplotlib figure as the artifact ``path``, e.g. "cells.png"."""
-        with self.tracker.reported(f"keep {path}"):
+        with self.tracker.reported(f"keep {path}"), DRAWING:
             self._client.log_figure(self.run_id, figure, path)
 
     def log_json(self, value: Mapping[str, Any], path: str) -> None:
@@ -156,6 +164,11 @@ class RunLog:
             client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
             client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
             return str(model.model_id)
+
+    def log_model_output(self, model_id: str) -> None:
+        """Log a logged model, made by a step of this run or taken over, as an output of it."""
+        with self.tracker.reported("log a model"):
+            self._client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step=0)])
 
     def log_model_input(self, model_id: str) -> None:
         """Log a logged model as an input of the run."""
@@ -212,7 +225,8 @@ class Tracker:
                 all_tags[MLFLOW_PARENT_RUN_ID] = parent.run_id
             log = self._reopen(resume, name, all_tags) if resume else self._create(name, all_tags)
             try:
-                with self._system_metrics(log.run_id):
+                # Of steps only: in a job they would be the first thing that a comparison shows.
+                with self._system_metrics(log.run_id) if parent is not None else nullcontext():
                     yield log
                 self._end(log.run_id, "FINISHED")
             except KeyboardInterrupt:

@@ -9,8 +9,8 @@ from nas.architecture import Architecture
 from nas.data import ImageTask, fit_linear
 from nas.errors import UnknownNameError
 from nas.search import Method, SearchConfig
-from pipeline.compare import Comparison, compare, register_step, summarise
-from pipeline.console import Summary, print_summary
+from pipeline.compare import Comparison, compare, finish, register_step, summarise
+from pipeline.console import Summary
 from pipeline.job import Job, Machine, flat, open_job
 from pipeline.search import SUPERNET_FILE, Found, search_step
 from pipeline.settings import CompareSettings, DataSettings, StackSettings
@@ -56,7 +56,8 @@ def transfer(settings: TransferSettings, machine: Machine) -> Summary:
         "source": source_name,
         "target": target_name,
     }
-    title = f"transfer {source_name} to {target_name}"
+    how = f"{settings.method.name}, seed {settings.compare.seed}"
+    title = f"transfer {source_name} to {target_name} ({how})"
     with open_job(title, machine, _parameters(settings), tags) as job:
         source, target = job.load(settings.source), job.load(settings.target)
         settings.stack.check(target)
@@ -67,15 +68,15 @@ def transfer(settings: TransferSettings, machine: Machine) -> Summary:
         _log_lineage(job, source, target, found)
         comparison = compare(job, target, architecture, settings.compare)
         registered = register_step(job, target, comparison, settings.compare.model_name)
-        how = f"{settings.method.name}, {settings.transfer} transfer"
+        architecture_name = f"{settings.method.name}, {settings.transfer} transfer"
         summary = replace(
-            summarise(job, target, how, comparison, registered),
+            summarise(job, target, architecture_name, comparison, registered),
             source=source_name,
             linear_source_accuracy=fit_linear(source).accuracy(source, "val"),
             search_seconds=found.seconds,
         )
         _log_costs(job, found, comparison)
-        print_summary(summary)
+        finish(job, summary)
     return summary
 
 

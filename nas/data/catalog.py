@@ -16,6 +16,7 @@ from nas.data.splits import (
     TEST_FRACTION,
     balanced_subset,
     duplicate_groups,
+    limit_splits,
     make_splits,
     shared_between,
 )
@@ -72,8 +73,8 @@ def load_task(
             0.1 where the test split is given. Not used where validation is given too.
         test_fraction: share of all images for the test split, in (0, 1), where none is given.
             A public set's official test split is always ours (imagenet: its validation split).
-        limit: keep at most so many images, chosen evenly from the classes, for quick runs.
-            Given splits shrink in proportion.
+        limit: keep at most so many images, chosen evenly from the classes, for quick runs. Each
+            split shrinks in proportion: what is test in the whole set is never trained on.
         seed: decides ``limit`` and the splits.
         progress: called with (what, done, total) while files are read.
         observer: warned if given splits share identical images.
@@ -86,16 +87,16 @@ def load_task(
     """
     _check_numbers(image_size, largest, limit)
     raw = _read(name, root, download)
-    if limit is not None and limit < len(raw.labels):
-        raw = _limited(raw, limit, seed)
+    if limit is not None and "test" in raw.given:
+        raw, limit = _limited(raw, limit, seed), None
     images = _store(raw, image_size, largest, progress)
+    labels, classes = raw.labels, raw.classes
     # by the images as they came, so that the splits do not depend on the size they are scaled to
-    came = TensorImages(raw.images) if isinstance(raw.images, Tensor) else images
-    groups = duplicate_groups(came.fingerprints())
+    groups = duplicate_groups(images.origins())
     splits = make_splits(
-        raw.labels,
+        labels,
         groups,
-        classes=raw.classes,
+        classes=classes,
         given=raw.given,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
@@ -105,19 +106,27 @@ def load_task(
         observer.on_warning(
             "shared_images", f"{shared} images of '{name}' also occur in an earlier split"
         )
+    kept = torch.arange(len(labels))
+    if limit is not None and limit < len(labels):
+        kept, splits = limit_splits(splits, labels, limit, len(classes), seed)
+        images, labels = images.subset(kept), labels[kept]
     mean, std = channel_statistics(images, _statistics_sample(images, splits.train))
+    flip = images.shape[0] == 3 if raw.flip is None else raw.flip
+    shown = splits.val[:EXAMPLES]
     return ImageTask(
         name=name,
         description=raw.description,
         images=images,
-        labels=raw.labels,
-        classes=raw.classes,
+        labels=labels,
+        classes=classes,
         splits=splits,
         mean=mean,
         std=std,
-        flip=images.shape[0] == 3 if raw.flip is None else raw.flip,
-        examples=came.gather(splits.val[:EXAMPLES]),
-        digest=task_digest(images, raw.labels, raw.classes, splits),
+        flip=flip,
+        examples=(
+            raw.images[kept[shown]] if isinstance(raw.images, Tensor) else images.gather(shown)
+        ),
+        digest=task_digest(images, labels, classes, splits, flip),
     )
 
 
@@ -143,21 +152,22 @@ def _read(name: str, root: Path, download: bool) -> RawSet:
 
 
 def _limited(raw: RawSet, limit: int, seed: int) -> RawSet:
-    """``limit`` images at most, the splits it was given shrunk alike, classes kept even."""
-    parts: dict[SplitName | None, Tensor] = (
-        dict(raw.given.items()) if raw.given else {None: torch.arange(len(raw.labels))}
-    )
-    total = sum(len(numbers) for numbers in parts.values())
+    """``limit`` images at most, the official splits shrunk alike, classes kept even.
+
+    Before anything is read: of a set such as ImageNet only the chosen files are opened.
+    """
+    total = sum(len(numbers) for numbers in raw.given.values())
+    if limit >= total:
+        return raw
     kept: list[Tensor] = []
     given: dict[SplitName, Tensor] = {}
     start = 0
-    for split, numbers in parts.items():
+    for split, numbers in raw.given.items():
         quota = limit * len(numbers) // total
-        rng = generator(seed, "limit", split or "all")
+        rng = generator(seed, "limit", split)
         chosen = numbers[balanced_subset(raw.labels[numbers], quota, rng)]
         kept.append(chosen)
-        if split is not None:
-            given[split] = torch.arange(start, start + len(chosen))
+        given[split] = torch.arange(start, start + len(chosen))
         start += len(chosen)
     numbers = torch.cat(kept)
     images = (
@@ -181,7 +191,10 @@ def _store(
     side = min(raw.images.shape[2:])
     if size is None and largest is not None and side > largest:
         size = largest
-    return TensorImages(raw.images if size is None else resized(raw.images, size))
+    if size is None:
+        return TensorImages(raw.images)
+    origins = TensorImages(raw.images).fingerprints()
+    return TensorImages(resized(raw.images, size), origins)
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:

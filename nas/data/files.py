@@ -158,6 +158,15 @@ class FileImages:
     def fingerprints(self) -> Sequence[bytes]:
         return self._fingerprints
 
+    def origins(self) -> Sequence[bytes]:
+        return self._fingerprints
+
+    def subset(self, indices: Tensor) -> FileImages:
+        chosen = indices.tolist()
+        return FileImages(
+            [self.paths[i] for i in chosen], self._shape, [self._fingerprints[i] for i in chosen]
+        )
+
 
 def map_one(read: Callable[[], _R], path: Path) -> _R:
     """``read()``, with whatever it raises turned into a DataError that names the file."""
@@ -205,4 +214,4 @@ def open_files(
     store = FileImages(paths, (channels, height, width), [h.fingerprint for h in headers])
     if stream or len(paths) * channels * height * width > RESIDENT_BYTES:
         return store
-    return TensorImages(store.gather(torch.arange(len(paths)), progress))
+    return TensorImages(store.gather(torch.arange(len(paths)), progress), store.origins())

@@ -128,6 +128,34 @@ def make_splits(
     return splits
 
 
+def limit_splits(
+    splits: Splits, labels: Tensor, limit: int, classes: int, seed: int
+) -> tuple[Tensor, Splits]:
+    """``limit`` images at most, each split shrunk in proportion and even over the classes.
+
+    Returns the images kept, as sorted numbers, and the splits among them. Raises DataError where
+    the limit leaves a split fewer images than there are classes.
+    """
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    total = sum(len(numbers) for numbers in parts.values())
+    quotas = {name: max(classes, limit * len(n) // total) for name, n in parts.items()}
+    quotas["train"] = limit - quotas["val"] - quotas["test"]
+    if quotas["train"] < classes:
+        raise DataError(
+            f"a limit of {limit} images cannot give each of {classes} classes one in every split: "
+            f"at least {3 * classes} are needed"
+        )
+    chosen = {
+        name: numbers[
+            balanced_subset(labels[numbers], quotas[name], generator(seed, "limit", name))
+        ]
+        for name, numbers in parts.items()
+    }
+    kept = torch.cat(list(chosen.values())).sort().values
+    among = {name: torch.searchsorted(kept, n.sort().values) for name, n in chosen.items()}
+    return kept, Splits(**among)
+
+
 def _require_every_class(labels: Tensor, splits: Splits, classes: Sequence[str]) -> None:
     counts = {
         name: torch.bincount(labels[numbers], minlength=len(classes))

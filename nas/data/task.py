@@ -50,12 +50,22 @@ class ImageStore(Protocol):
     def fingerprints(self) -> Sequence[bytes]:
         """A SHA-256 of each image's content; equal exactly where two images are identical."""
 
+    def origins(self) -> Sequence[bytes]:
+        """The same of the images as they came, before any scaling."""
+
+    def subset(self, indices: Tensor) -> ImageStore:
+        """Only the images of ``indices`` [n], in that order."""
+
 
 class TensorImages:
-    """All images of a small set in memory, uint8 [N, C, H, W]."""
+    """All images of a small set in memory, uint8 [N, C, H, W].
 
-    def __init__(self, pixels: Tensor) -> None:
+    ``origins`` are given where the pixels are not as they came.
+    """
+
+    def __init__(self, pixels: Tensor, origins: Sequence[bytes] | None = None) -> None:
         self.pixels = pixels
+        self._origins = origins
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -70,6 +80,13 @@ class TensorImages:
 
     def fingerprints(self) -> Sequence[bytes]:
         return self._fingerprints
+
+    def origins(self) -> Sequence[bytes]:
+        return self._fingerprints if self._origins is None else self._origins
+
+    def subset(self, indices: Tensor) -> TensorImages:
+        chosen = None if self._origins is None else [self._origins[i] for i in indices.tolist()]
+        return TensorImages(self.pixels[indices], chosen)
 
     @cached_property
     def _fingerprints(self) -> list[bytes]:
@@ -104,7 +121,7 @@ class ImageTask:
     std: tuple[float, ...]  # likewise; never below MIN_STD
     flip: bool  # whether a mirrored image keeps its class
     examples: Tensor  # a few images as they came, uint8 [n, C, H', W'], before any scaling
-    digest: str  # SHA-256, hex, of pixels, labels, classes and splits
+    digest: str  # SHA-256, hex, of pixels, labels, classes, splits and flip
 
     @property
     def shape(self) -> TaskShape:
@@ -115,10 +132,10 @@ MIN_STD = 1e-3  # a constant channel must not be divided by zero
 
 
 def task_digest(
-    images: ImageStore, labels: Tensor, classes: tuple[str, ...], splits: Splits
+    images: ImageStore, labels: Tensor, classes: tuple[str, ...], splits: Splits, flip: bool
 ) -> str:
     """SHA-256 (hex) of everything that decides what a network is trained and tested on."""
-    header = json.dumps({"shape": images.shape, "classes": classes})
+    header = json.dumps({"shape": images.shape, "classes": classes, "flip": flip})
     digest = hashlib.sha256(header.encode())
     for fingerprint in images.fingerprints():
         digest.update(fingerprint)

@@ -8,7 +8,6 @@ parameters go down the validation gradient, then the weights go down the trainin
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nas.data import Augmentation, Batch, Batches, ImageTask, halves
-from nas.hardware import mixed_precision, peak_memory_mb
+from nas.hardware import peak_memory_mb
 from nas.loop import Meter, ResumableLoop
 from nas.observer import EpochRecord, Observer
 from nas.optimisation import (
@@ -197,11 +196,11 @@ class BilevelSearch(ResumableLoop[Pair]):
         weights: Tensor | None = None,
         update_statistics: bool = True,
     ) -> Tensor:
-        with nullcontext() if self.method.full_precision else mixed_precision(self.device):
-            scores = self.supernet(
-                batch.images, mixing, weights=weights, update_statistics=update_statistics
-            )
-        return scores.to(self.supernet.weights.dtype)
+        # In full precision on a GPU too: differences between operations are what a search is after.
+        scores: Tensor = self.supernet(
+            batch.images, mixing, weights=weights, update_statistics=update_statistics
+        )
+        return scores
 
     def _make_batches(self, task: ImageTask, seed: int, workers: int) -> None:
         weight_half, architecture_half = halves(task, seed)

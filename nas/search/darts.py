@@ -24,7 +24,6 @@ class SecondOrderDarts(Method):
 
     name = "darts-2nd"
     summary = "DARTS, second order: unrolled step with momentum (arXiv 1806.09055)"
-    full_precision = True  # the difference between w+ and w- drowns in bfloat16
 
     def architecture_gradients(
         self, search: BilevelSearch, train: Batch, validation: Batch
@@ -67,5 +66,6 @@ class SecondOrderDarts(Method):
     def _train_gradients(
         self, search: BilevelSearch, train: Batch, weights: Tensor
     ) -> tuple[Tensor, ...]:
-        loss = search.loss(train, self.mixing(search.supernet), weights)
+        mixing = self.mixing(search.supernet)
+        loss = search.loss(train, mixing, weights, update_statistics=False)
         return torch.autograd.grad(loss, search.supernet.architecture_parameters())

@@ -60,14 +60,10 @@ class SearchConfig:
 
 
 class Method:
-    """A differentiable search method: first-order DARTS, unless a subclass overrides a hook.
-
-    ``full_precision`` keeps the whole search out of mixed precision.
-    """
+    """A differentiable search method: first-order DARTS, unless a subclass overrides a hook."""
 
     name = "darts"
     summary = "DARTS, first order (arXiv 1806.09055)"
-    full_precision = False
 
     def paper_config(self) -> SearchConfig:
         """The settings of the method's paper on CIFAR-10."""

@@ -50,7 +50,7 @@ def history(finished: Finished, run: Run, metric: str) -> list[int]:
 class TestTransfer:
     def test_its_runs_are_finished_and_nested(self, finished: Finished, children: Children) -> None:
         assert finished.place.statuses() == {"FINISHED"}
-        assert finished.job.info.run_name == "transfer digits to animals"
+        assert finished.job.info.run_name == "transfer digits to animals (darts, seed 0)"
         steps = {step: len(children(step)) for step in ("search", "train", "evaluate", "register")}
         assert steps == {"search": 1, "train": 4, "evaluate": 1, "register": 1}
         assert len(finished.place.runs()) == 1 + sum(steps.values())
@@ -74,6 +74,12 @@ class TestTransfer:
             assert re.search(row, output), row
         assert f"mlflow ui --backend-store-uri {finished.place.uri}" in output
 
+    def test_its_description_is_the_table(self, finished: Finished) -> None:
+        description = finished.job.data.tags["mlflow.note.content"]
+        accuracy = f"{finished.job.data.metrics['test/accuracy']:.2%}"
+        assert f"| test accuracy | {accuracy} (95% interval" in description
+        assert "| registered model | nas-animals version 1 (champion) |" in description
+
     def test_parameters(self, finished: Finished, children: Children) -> None:
         assert {key: finished.job.data.params[key] for key in TRANSFER} == {
             key: str(value) for key, value in TRANSFER.items()
@@ -81,8 +87,10 @@ class TestTransfer:
         (search,) = children("search")
         assert search.data.params["search.epochs"] == finished.job.data.params["search.epochs"]
         assert search.data.params["search.supernet.channels"] == "4"
-        for training in children("train"):
-            assert training.data.params["train.epochs"] == "1"
+        for run in (finished.job, *children("train")):
+            assert run.data.params["train.epochs"] == "1"
+            assert run.data.params["network.channels"] == "4"
+            assert run.data.params["network.cells"] == "3"
 
     def test_metrics_by_epoch(self, finished: Finished, children: Children) -> None:
         (search,) = children("search")
@@ -116,6 +124,8 @@ class TestTransfer:
         assert re.fullmatch(r"[0-9a-f]{40}", tags["mlflow.source.git.commit"])
         assert re.fullmatch(r"[0-9a-f]{12}", tags["genotype.digest"])
         assert (tags["model.name"], tags["model.version"]) == ("nas-animals", "1")
+        experiment = finished.place.client.get_experiment(finished.job.info.experiment_id)
+        assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
     def test_data_sets_are_inputs(self, finished: Finished, children: Children) -> None:
         inputs = {(d.name, d.context) for d in datasets_of(finished.job)}
@@ -158,6 +168,8 @@ class TestTransfer:
             finished.job.data.tags["lineage.target_digest"],
         }
         search = finished.place.client.get_run(search.info.run_id)  # with its models
+        (model,) = finished.job.outputs.model_outputs
+        assert model.model_id == found.model_id
         (supernet,) = finished.job.inputs.model_inputs
         assert supernet.model_id in {output.model_id for output in search.outputs.model_outputs}
 
@@ -183,6 +195,7 @@ class TestAgain:
         ]
         again = place.jobs()[-1]
         assert again.info.status == "FINISHED"
+        assert again.data.params == finished.job.data.params
         assert len(place.runs()) == before + 1
         for name, value in finished.job.data.metrics.items():
             if not name.startswith("system/"):

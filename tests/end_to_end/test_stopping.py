@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,12 @@ PATIENCE = 120.0  # seconds; nothing here takes so long
 RETRAIN = {**TRAINING, "architecture": "DARTS_V1", "channels": 2, "seeds": 2}
 
 
-def wait_for_work(place: Place) -> None:
-    """Return when some step is at work."""
-    deadline = time.monotonic() + PATIENCE
-    while not place.runs("tags.step != '' and status = 'RUNNING'"):
-        assert time.monotonic() < deadline
+def wait_for_work(place: Place, process: BaseProcess) -> None:
+    """Return when ``process`` is at work on some step, or has nothing left to do."""
+    at_work = f"tags.`process.pid` = '{process.pid}' and tags.step != '' and status = 'RUNNING'"
+    while not place.runs(at_work) and process.exitcode is None:
         time.sleep(0.05)
+    assert process.exitcode in (None, 0)
 
 
 def test_kills_at_random_moments_change_no_bit(place: Place, finished: Finished) -> None:
@@ -41,7 +42,7 @@ def test_kills_at_random_moments_change_no_bit(place: Place, finished: Finished)
     killed = 0
     for longest in (1.5, 3.0, 3.0, 4.5, 6.0):
         process = place.start("transfer", TRANSFER)
-        wait_for_work(place)
+        wait_for_work(place, process)
         process.join(moments.uniform(0, longest))
         killed += process.exitcode is None
         process.kill()
@@ -92,7 +93,7 @@ def test_ctrl_c_marks_the_runs_and_the_job_goes_on(place: Place, finished: Finis
 
 def test_sigterm_stops_a_search(place: Place) -> None:
     process = place.start("search", {"source": "digits", "search_epochs": 500})
-    wait_for_work(place)
+    wait_for_work(place, process)
     os.kill(process.pid or 0, signal.SIGTERM)
     process.join(PATIENCE)
     assert process.exitcode == 130

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from workplace import Workplace
@@ -294,7 +295,16 @@ class TestOptions:
         assert settings.source == DataSettings("digits", None, None, preset.largest)
         assert settings.target == DataSettings("animals", None, None, preset.largest)
         assert settings.compare.model_name == "nas-animals"
-        assert machine == Machine("auto", 0, None, 1, None, False)
+        assert replace(machine, options={}) == Machine("auto", 0, None, 1, None, False)
+
+    @pytest.mark.parametrize("name", ["main", "transfer", "search", "retrain", "evaluate"])
+    def test_options_are_logged_as_mlflow_run_does(self, asked: Asked, name: str) -> None:
+        assert main([name, "--target-size" if name != "search" else "--source-size", "9"]) == 0
+        project = yaml.safe_load((ROOT / "MLproject").read_text())
+        parameters = project["entry_points"][name]["parameters"]
+        wanted = {key: shlex.quote(str(value["default"])) for key, value in parameters.items()}
+        wanted["source_size" if name == "search" else "target_size"] = "9"
+        assert asked[0][1].options == wanted
 
     def test_main_is_transfer(self, asked: Asked) -> None:
         assert main(["main", "--seed", "3"]) == main(["transfer", "--seed", "3"]) == 0
@@ -351,7 +361,7 @@ class TestOptions:
         compare = settings.compare
         assert (compare.training.epochs, compare.training.batch_size) == (9, 16)
         assert (compare.seeds, compare.seed) == (4, 2)
-        assert machine == Machine("cpu", 3, 5, 1, None, False)
+        assert replace(machine, options={}) == Machine("cpu", 3, 5, 1, None, False)
 
     @pytest.mark.parametrize("epochs", [1, 2, 3, 50])
     def test_a_short_search_leaves_the_alphas_an_epoch(self, asked: Asked, epochs: int) -> None:

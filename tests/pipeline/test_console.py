@@ -23,6 +23,7 @@ from pipeline.console import (
     human_seconds,
     print_summary,
     say,
+    summary_markdown,
 )
 
 SUMMARY = Summary(
@@ -328,6 +329,14 @@ def test_summary_is_whole_at_80_columns(terminal: bool) -> None:
         assert part in output
     table = output.split("open the MLflow UI")[0]
     assert all(len(line) <= 80 for line in table.splitlines())
+
+
+def test_the_same_table_in_markdown() -> None:
+    lines = summary_markdown(replace(SUMMARY, target="folder:a|b")).splitlines()
+    assert lines[:2] == ["| | |", "|---|---|"]
+    assert r"| target | folder:a\|b (linear model 55.10%) |" in lines
+    assert "| test accuracy | 83.21% (95% interval 81.02 to 85.40%), n = 3 |" in lines
+    assert "| registered model | nas-transfer-animals version 7 (champion) |" in lines
 
 
 def test_a_long_name_folds() -> None:

@@ -54,6 +54,7 @@ class TestEntryPoint:
     def test_types_are_those_of_the_command(self, name: str) -> None:
         command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
         hints = get_type_hints(inspect.unwrap(command.callback))
+        del hints["context"]
         for option, parameter in zip(command.params, hints.values(), strict=False):
             key = max(option.opts, key=len)[2:].replace("-", "_")
             declared = PROJECT["entry_points"][name]["parameters"][key]["type"]

@@ -51,6 +51,11 @@ class SupernetConfig:
                 f"a supernet of {self.cells} cells has no normal cell to search: it needs at least "
                 "3, of which two are reductions"
             )
+        if self.channels % 2:
+            raise ConfigurationError(
+                f"a supernet needs an even number of channels, not {self.channels}: each "
+                "reduction splits them in halves, and so will the network of its cells"
+            )
         if self.channels % self.partial:
             raise ConfigurationError(
                 f"partial channels need channels divisible by K: {self.channels} is not "

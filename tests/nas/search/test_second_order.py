@@ -154,7 +154,7 @@ def test_weights_and_optimiser_keep_every_bit(few_digits: ImageTask) -> None:
     search.method.architecture_gradients(search, train, validation)
     after = {name: exact(tensor) for name, tensor in search.tensors().items()}
     changed = {name for name in before if before[name] != after[name]}
-    # like the paper's code, three passes at or near the weights count in the running statistics
+    # only the pass at the supernet's own weights counts in the running statistics
     assert changed == {"supernet.running_mean", "supernet.running_variance"}
     assert search.supernet.weights.grad is gradient
 
@@ -172,28 +172,7 @@ def test_the_unrolled_twin_leaves_no_statistics(
 
     monkeypatch.setattr(search, "loss", watched)
     search.method.architecture_gradients(search, train, validation)
-    assert passes == [(False, True), (True, False), (False, True), (False, True)]
-
-
-def test_precision_is_never_mixed(few_digits: ImageTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shift of w+ and w- is smaller than the spacing of bfloat16 numbers."""
-    search = make_search(few_digits, "darts-2nd")
-    train, validation = pair(search)
-    (expected,) = search.method.architecture_gradients(search, train, validation)
-
-    def half(device: torch.device) -> torch.autocast:
-        return torch.autocast("cpu", dtype=torch.bfloat16)
-
-    monkeypatch.setattr(nas.search.bilevel, "mixed_precision", half)
-    (ours,) = search.method.architecture_gradients(search, train, validation)
-    assert torch.equal(ours, expected)
-    first = make_search(few_digits, "darts")  # where it is mixed, and may be
-    (mixed,) = first.method.architecture_gradients(first, *pair(first))
-    monkeypatch.undo()
-    (full,) = first.method.architecture_gradients(first, *pair(first))
-    assert not torch.equal(mixed, full)
-    assert mixed.dtype == full.dtype == torch.float32
-    assert relative_error([mixed], [full]) < 0.5
+    assert passes == [(False, True), (True, False), (False, False), (False, False)]
 
 
 # ---- a toy whose gradient is known: w and a are single numbers ----
