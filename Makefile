@@ -29,7 +29,7 @@ transfer: $(READY)  ## run the main job on embedded data
 	  --env-manager local --experiment-name nas-transfer $(ARGUMENTS)
 
 test: lint  ## lint, type-check and test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check $(SOURCES)
