@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
@@ -141,7 +142,7 @@ class ProgressObserver(Observer):
     ) -> None:
         self._description, self._console, self._clock = description, console, clock
         self._loops: dict[str, _Loop] = {}  # by phase
-        self._training: _Loop | None = None  # the loop whose epochs are told
+        self._current: _Loop | None = None  # the loop whose epochs are told
         self._last_line = clock()
         self._warned: set[str] = set()
         self._bar: Progress | None = None
@@ -168,18 +169,17 @@ class ProgressObserver(Observer):
             loop = self._loops[event.phase] = _Loop(event, now)
         else:
             loop.update(event, now)
-        if event.phase != "evaluate":
-            self._training = loop
+        self._current = loop
         if self._bar:
             self._move_bar(self._bar, loop)
         elif now - self._last_line >= _QUIET_SECONDS:
             self._print_line(loop, f"batch {event.batch}/{event.batches}")
 
     def on_epoch(self, record: EpochRecord) -> None:
-        if self._bar is None and self._training is not None:
+        if self._bar is None and self._current is not None:
             validation = record.metrics.get("val/accuracy")
             more = [] if validation is None else [f"validation {validation:.1%}"]
-            self._print_line(self._training, *more)
+            self._print_line(self._current, *more)
 
     def on_warning(self, tag: str, message: str) -> None:
         if tag not in self._warned:
@@ -291,13 +291,47 @@ def _bounds(low: float, high: float, form: str) -> str:
     return f"(95% interval {low:{form}} to {high:{form}}%)"
 
 
+@contextmanager
+def counting(
+    description: str,
+    console: Console = CONSOLE,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress of work that is counted, such as files read: call it with (what, done, total).
+
+    A bar with the time left on a terminal; elsewhere a line when the work lasts.
+    """
+    bar = _bars(console).join() if console.is_interactive else None
+    tasks: dict[str, TaskID] = {}
+    started: dict[str, float] = {}
+    last_line = clock()
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal last_line
+        now = clock()
+        left = (now - started.setdefault(what, now)) * (total - done) / max(done, 1)
+        status = f"{what} {done:,}/{total:,}" + (f" {human_seconds(left)} left" if left else "")
+        if bar:
+            if what not in tasks:
+                tasks[what] = bar.add_task(description)
+            bar.update(tasks[what], total=total, completed=done, status=status)
+        elif now - last_line >= _QUIET_SECONDS:
+            say(f"{time.strftime('%H:%M:%S')} {description}: {status}", console)
+            last_line = now
+
+    try:
+        yield show
+    finally:
+        if bar:
+            _bars(console).leave(tasks.values())
+
+
 def _batches_done(event: BatchEvent) -> int:
     return event.epoch * event.batches + event.batch
 
 
 def _epoch(event: BatchEvent) -> str:
-    word = "evaluate" if event.phase == "evaluate" else "epoch"
-    return f"{word} {event.epoch + 1}/{event.epochs}"
+    return f"epoch {event.epoch + 1}/{event.epochs}"
 
 
 class _BarAndStatus(ProgressColumn):

@@ -14,7 +14,7 @@ from nas.data import Batches, ImageTask, fit_linear
 from nas.errors import ConfigurationError
 from nas.evaluation import Evaluation, accuracy, confusion_matrix
 from nas.statistics import Interval, proportion_interval
-from pipeline.console import say
+from pipeline.console import counting, say
 from pipeline.figures import draw_confusion
 from pipeline.job import Job, Machine, open_job
 from pipeline.networks import Trained
@@ -46,16 +46,15 @@ def evaluation_step(
     def body(step: StepRun) -> Mapping[str, Any]:
         step.log.log_dataset(task, "target")
         accuracies = []
-        for position, network in enumerate(networks):
-            evaluation = test(job, task, network)
-            accuracies.append(evaluation.accuracy)
-            step.log.log_metrics({f"test/{network.group}": evaluation.accuracy}, step=position)
-            if network is chosen:
-                matrix = confusion_matrix(
-                    evaluation.labels, evaluation.predictions, len(task.classes)
-                )
-                step.log.log_figure(draw_confusion(matrix, task.classes), "pictures/confusion.png")
-                step.log.log_metrics({"test/accuracy": evaluation.accuracy})
+        with counting(title) as progress:
+            for position, network in enumerate(networks):
+                progress("networks tested", position, len(networks))
+                evaluation = test(job, task, network)
+                accuracies.append(evaluation.accuracy)
+                name = f"test/{network.group}"
+                step.log.log_metrics({name: evaluation.accuracy}, step=position)
+                if network is chosen:
+                    _log_chosen(step, task, evaluation)
         linear = fit_linear(task).accuracy(task, "test")
         step.log.log_metrics({"test/linear": linear})
         return {"accuracies": accuracies, "linear": linear}
@@ -77,6 +76,12 @@ def evaluation_step(
     )
     results = outcome.results
     return Tested(outcome.run_id, tuple(results["accuracies"]), results["linear"])
+
+
+def _log_chosen(step: StepRun, task: ImageTask, evaluation: Evaluation) -> None:
+    matrix = confusion_matrix(evaluation.labels, evaluation.predictions, len(task.classes))
+    step.log.log_figure(draw_confusion(matrix, task.classes), "pictures/confusion.png")
+    step.log.log_metrics({"test/accuracy": evaluation.accuracy})
 
 
 def test(job: Job, task: ImageTask, trained: Trained) -> Evaluation:

@@ -14,7 +14,7 @@ import torch
 from nas.data import ImageTask, load_task
 from nas.hardware import pick_device
 from nas.observer import EpochRecord, Observer
-from pipeline.console import Observers, ProgressObserver, say
+from pipeline.console import Observers, ProgressObserver, counting, say
 from pipeline.settings import DataSettings
 from pipeline.steps import home
 from pipeline.team import Team
@@ -56,14 +56,16 @@ class Job:
     def load(self, settings: DataSettings) -> ImageTask:
         """Load a data set and say what it is."""
         name = settings.name
-        task = load_task(
-            name,
-            root=self.machine.data or home() / "data",
-            image_size=settings.image_size,
-            largest=settings.largest,
-            limit=settings.limit,
-            observer=RunObserver(self.log),
-        )
+        with counting(f"reading {name}") as progress:
+            task = load_task(
+                name,
+                root=self.machine.data or home() / "data",
+                image_size=settings.image_size,
+                largest=settings.largest,
+                limit=settings.limit,
+                progress=progress,
+                observer=RunObserver(self.log),
+            )
         shape, splits = task.shape, task.splits
         say(
             f"{name}: {len(task.labels):,} images of {shape.height}x{shape.width}x"

@@ -19,6 +19,7 @@ from pipeline.console import (
     Observers,
     ProgressObserver,
     Summary,
+    counting,
     human_count,
     human_seconds,
     print_summary,
@@ -172,13 +173,30 @@ def test_a_resumed_loop_counts_only_its_own_batches_as_speed(clock: Clock) -> No
     assert "64 images/s, 10 s left" in text_of(console)
 
 
-def test_validation_batches_do_not_hide_the_training(clock: Clock) -> None:
+def test_counted_work_shows_a_line_where_it_lasts(clock: Clock) -> None:
     console = make_console(terminal=False)
-    observer = ProgressObserver("training", console, clock)
-    observer.on_batch(BatchEvent("train", 0, 3, 5, 5, 64, 1.25, 0.5))
-    observer.on_batch(BatchEvent("evaluate", 0, 1, 2, 2, 64, 9.0, 0.1))
-    observer.on_epoch(EpochRecord(0, {}))
-    assert "epoch 1/3, loss 1.250, accuracy 50.0%" in text_of(console)
+    with counting("reading pets", console, clock) as progress:
+        for done in range(0, 101, 10):
+            progress("checking images", done, 100)
+            clock.now += 10
+    lines = text_of(console).splitlines()
+    assert [line.split("images ")[1] for line in lines] == [
+        "30/100 1 min 10 s left",
+        "60/100 40 s left",
+        "90/100 10 s left",
+    ]
+
+
+def test_counted_work_has_a_bar_on_a_terminal(clock: Clock) -> None:
+    console = make_console(terminal=True)
+    with counting("reading pets", console, clock) as progress:
+        progress("checking images", 0, 4)
+        clock.now += 1
+        progress("checking images", 2, 4)
+    shown = text_of(console)
+    assert "reading pets" in shown
+    assert "checking images 2/4" in shown
+    assert "1 s left" in shown
 
 
 def test_a_terminal_shows_a_bar_over_all_epochs(clock: Clock) -> None:
@@ -223,7 +241,7 @@ def test_loops_side_by_side_share_one_display(clock: Clock) -> None:
             assert bars is not None
             first.on_batch(event)
             second.on_batch(replace(event, batch=7))
-            second.on_batch(replace(event, phase="evaluate", epochs=1, batch=10))
+            second.on_batch(replace(event, phase="search", epochs=1, batch=10))
             bars.refresh()
             assert [(task.description, task.completed, task.total) for task in bars.tasks] == [
                 ("train transferred, seed 0", 1, 40),
