@@ -19,6 +19,7 @@ from pipeline.console import (
     Observers,
     ProgressObserver,
     Summary,
+    _bars,
     counting,
     human_count,
     human_seconds,
@@ -193,6 +194,9 @@ def test_counted_work_has_a_bar_on_a_terminal(clock: Clock) -> None:
         progress("checking images", 0, 4)
         clock.now += 1
         progress("checking images", 2, 4)
+        progress_bar = _bars(console).join()
+        progress_bar.refresh()
+        _bars(console).leave(())
     shown = text_of(console)
     assert "reading pets" in shown
     assert "checking images 2/4" in shown
