@@ -194,13 +194,13 @@ def test_counted_work_has_a_bar_on_a_terminal(clock: Clock) -> None:
         progress("checking images", 0, 4)
         clock.now += 1
         progress("checking images", 2, 4)
-        progress_bar = _bars(console).join()
-        progress_bar.refresh()
+        display = _bars(console).join()
+        display.refresh()
         _bars(console).leave(())
     shown = text_of(console)
     assert "reading pets" in shown
     assert "checking images 2/4" in shown
-    assert "1 s left" in shown
+    assert "1.0 s left" in shown
 
 
 def test_a_terminal_shows_a_bar_over_all_epochs(clock: Clock) -> None:
