@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from nas.architecture import Architecture, Skeleton
@@ -34,7 +33,6 @@ class Found:
     architecture: Architecture  # in the skeleton of the supernet
     validation_accuracy: float  # of the supernet
     seconds: float
-    supernet: Path
     supernet_id: str  # of the logged model that has it
 
 
@@ -77,7 +75,6 @@ def search_step(
         architecture=Architecture.from_json(results["architecture"]),
         validation_accuracy=results["validation_accuracy"],
         seconds=results["seconds"],
-        supernet=outcome.directory / SUPERNET_FILE,
         supernet_id=results["supernet_id"],
     )
 
