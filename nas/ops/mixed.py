@@ -98,17 +98,40 @@ class CellPlan:
 
 
 @dataclass(frozen=True)
-class Normaliser:
-    """Batch normalisation without scale and shift over the packed running statistics.
+class Statistics:
+    """The running statistics of one cell's normalisations, laid out by ``plan.statistics``.
 
-    ``update`` false leaves the running statistics alone: the unrolled step of second-order DARTS
-    looks at weights that the supernet never takes.
+    Attributes:
+        mean, variance: flat; changed in place.
+        training: normalise by the batch and not by these.
+        update: false leaves them alone in training: the unrolled step of second-order DARTS looks
+            at weights that the supernet never takes.
     """
+
+    mean: Tensor
+    variance: Tensor
+    training: bool
+    update: bool = True
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """Batch normalisation without scale and shift over unpacked :class:`Statistics`."""
 
     mean: Mapping[str, Tensor]
     variance: Mapping[str, Tensor]
     training: bool
     update: bool = True
+
+    @classmethod
+    def of(cls, statistics: Statistics, packing: Packing) -> Normaliser:
+        """Over ``statistics`` that ``packing`` lays out."""
+        return cls(
+            packing.unpack(statistics.mean),
+            packing.unpack(statistics.variance),
+            statistics.training,
+            statistics.update,
+        )
 
     def __call__(
         self,
@@ -222,18 +245,18 @@ def mixed_cell(
     plan: CellPlan,
     before_previous: Tensor,
     previous: Tensor,
-    weights: Mapping[str, Tensor],
-    norm: Normaliser,
+    weights: Tensor,
+    statistics: Statistics,
     operations: Tensor,
     edges: Tensor | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
-    """One cell of the supernet.
+    """One cell of the supernet. :func:`nas.ops.native.mixed_cell` is its twin.
 
     Args:
         before_previous, previous: the outputs of the two cells before, [N, C', H', W'].
-        weights: the cell's weights by name, laid out by ``plan.weights``.
-        norm: batch normalisation over the cell's running statistics.
+        weights: the cell's weights, flat, laid out by ``plan.weights``.
+        statistics: the running statistics of the cell's normalisations.
         operations: mixing weights [14, 8].
         edges: edge weights [14] of PC-DARTS, or None for a plain sum.
         active: booleans [14, 8] on the CPU; what is False is not computed. None computes all.
@@ -241,12 +264,14 @@ def mixed_cell(
     Returns:
         The four nodes side by side, [N, 4 C, H, W], channels last.
     """
+    norm = Normaliser.of(statistics, plan.statistics)
+    table = plan.weights.unpack(weights)
     halve = factorized_reduce if plan.previous_reduction else pointwise
     states = [
-        norm(halve(F.relu(before_previous), weights["preprocess0"]), "preprocess", 0),
-        norm(pointwise(F.relu(previous), weights["preprocess1"]), "preprocess", 1),
+        norm(halve(F.relu(before_previous), table["preprocess0"]), "preprocess", 0),
+        norm(pointwise(F.relu(previous), table["preprocess1"]), "preprocess", 1),
     ]
-    candidates = _Edges(plan, weights, norm)
+    candidates = _Edges(plan, table, norm)
     mix = operations.unbind()
     edge_weights = None if edges is None else edges.unbind()
     rectified: list[Tensor] = []

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas.errors import ConfigurationError
-from nas.ops.mixed import EDGES, NODES, OPERATIONS, CellPlan, Normaliser, mixed_cell
+from nas.ops.backend import mixed_cell_of
+from nas.ops.mixed import EDGES, NODES, OPERATIONS, CellPlan, Normaliser, Statistics
 from nas.ops.packing import Packing
 from nas.randomness import generator
 from nas.spaces.darts.genotype import Genotype, derive
@@ -82,6 +83,17 @@ class Mixing:
         edges = None if self.edges is None else self.edges.detach()
         return Mixing(self.operations.detach(), edges, self.active)
 
+    def live(self) -> Tensor | None:
+        """Which operations are computed: active ones whose weight is not exactly zero.
+
+        An operation of weight zero adds nothing, gets no gradient and gathers no statistics.
+        Inside ``torch.compile`` values are unknown, and only ``active`` counts.
+        """
+        if torch.compiler.is_compiling():
+            return self.active
+        weighted = (self.operations.detach() != 0).cpu()
+        return weighted if self.active is None else weighted & self.active
+
     def discretised(self, genotype: Genotype) -> Mixing:
         """Only the genotype's operations, each with weight 1; edge weights as they are.
 
@@ -109,8 +121,11 @@ class Supernet(nn.Module):
     running_mean: Tensor
     running_variance: Tensor
 
-    def __init__(self, shape: TaskShape, config: SupernetConfig, *, seed: int) -> None:
+    def __init__(
+        self, shape: TaskShape, config: SupernetConfig, *, seed: int, backend: str = "auto"
+    ) -> None:
         super().__init__()
+        self.backend = backend
         self.shape = shape
         self.config = config
         self.plans = _plan_cells(config)
@@ -167,30 +182,36 @@ class Supernet(nn.Module):
         second-order DARTS); ``update_statistics=False`` then leaves the running statistics.
         """
         flat = self.weights if weights is None else weights
-        pieces = [packing.unpack(piece) for _, packing, piece in self._pieces(flat)]
-        norms = self._normalisers(update_statistics)
-        stem = pieces[0]
-        x = F.conv2d(
-            images.contiguous(memory_format=torch.channels_last),
-            stem["filters"].permute(3, 2, 0, 1),
-            padding=1,
-        )
-        x = norms[0](x, "stem", weight=stem["scale"], bias=stem["shift"])
-        before, previous = x, x
-        for plan, cell, norm in zip(self.plans, pieces[1:-1], norms[1:], strict=True):
+        stem, *cells, classifier = (piece for _, _, piece in self._pieces(flat))
+        statistics = self._statistics(update_statistics)
+        active = mixing.live()
+        mixed_cell = mixed_cell_of(self.backend)
+        before = previous = self._stem(images, stem, statistics[0])
+        for plan, cell, running in zip(self.plans, cells, statistics[1:], strict=True):
             kind = REDUCE if plan.reduction else NORMAL
             output = mixed_cell(
                 plan,
                 before,
                 previous,
                 cell,
-                norm,
+                running,
                 mixing.operations[kind],
                 None if mixing.edges is None else mixing.edges[kind],
-                None if mixing.active is None else mixing.active[kind],
+                None if active is None else active[kind],
             )
             before, previous = previous, output
-        return previous.mean((2, 3)) @ pieces[-1]["matrix"] + pieces[-1]["bias"]
+        head = self.classifier.unpack(classifier)
+        return previous.mean((2, 3)) @ head["matrix"] + head["bias"]
+
+    def _stem(self, images: Tensor, weights: Tensor, statistics: Statistics) -> Tensor:
+        stem = self.stem.unpack(weights)
+        x = F.conv2d(
+            images.contiguous(memory_format=torch.channels_last),
+            stem["filters"].permute(3, 2, 0, 1),
+            padding=1,
+        )
+        norm = Normaliser.of(statistics, self.stem_statistics)
+        return norm(x, "stem", weight=stem["scale"], bias=stem["shift"])
 
     def _weight_packings(self) -> list[tuple[str, Packing]]:
         cells = [(f"cells.{index}", plan.weights) for index, plan in enumerate(self.plans)]
@@ -206,13 +227,12 @@ class Supernet(nn.Module):
             (name, packing, piece) for (name, packing), piece in zip(packings, pieces, strict=True)
         ]
 
-    def _normalisers(self, update: bool) -> list[Normaliser]:
-        packings = self._statistics_packings()
-        sizes = [packing.size for packing in packings]
+    def _statistics(self, update: bool) -> list[Statistics]:
+        sizes = [packing.size for packing in self._statistics_packings()]
         means, variances = self.running_mean.split(sizes), self.running_variance.split(sizes)
         return [
-            Normaliser(packing.unpack(mean), packing.unpack(variance), self.training, update)
-            for packing, mean, variance in zip(packings, means, variances, strict=True)
+            Statistics(mean, variance, self.training, update)
+            for mean, variance in zip(means, variances, strict=True)
         ]
 
     def _initial_weights(self, draw: torch.Generator) -> Tensor:

@@ -1,0 +1,895 @@
+// The backward pass of a cell.
+//
+// Nothing but the states and the statistics was kept: an edge is computed again, which is faster
+// than reading what a forward pass would have written. Nodes go from the last to the first, since
+// a node's gradient is complete when all edges that leave it are done. With the statistics known,
+// computing an edge again takes no barrier; its gradient takes two, since the gradient of a batch
+// normalisation needs sums over the whole batch:
+//
+//   dy = a g + d y + b,   a = w r,   d = -w r^3 <g, y - m> / M,   b = -w r <g, 1> / M - d m
+//
+// with w the mixing weight, r the reciprocal deviation, m the mean and M the numbers a channel.
+// The products <g, y - m> r are the gradients of the mixing weights, too.
+
+#pragma once
+
+#include "bypass.h"
+#include "edge.h"
+#include "preprocess.h"
+
+namespace nas::NAS_ISA {
+
+template <typename T>
+class BackwardCell {
+ public:
+  BackwardCell(const CellBackward<T>& call, const ThreadPool& pool, void* workspace)
+      : call_(call), pool_(pool), geometry_(call.shape), arena_(workspace),
+        weights_(call.shape, geometry_.lanes, arena_, true),
+        preprocess_(call.shape, pool.threads, arena_, true) {
+    const auto& g = geometry_;
+    const int64_t planes = g.lanes.blocks * g.lanes.groups;
+    for (int s = 0; s < kSources; ++s) {
+      states_[s] = arena_.take<Vec<T>>(g.state_planes(s));
+      gradients_[s] = arena_.take<Vec<T>>(g.state_planes(s));
+      for (auto& pooled : pools_[s]) pooled = arena_.take<Vec<T>>(g.node_planes());
+      for (auto& coefficients : pool_coefficients_[s]) {
+        coefficients = arena_.take<Vec<T>>(3 * g.lanes.groups);
+      }
+    }
+    for (auto& node : node_gradients_) node = arena_.take<Vec<T>>(g.node_planes());
+    for (auto& node : node_sums_) node = arena_.take<Vec<T>>(planes);
+    for (auto& node : node_totals_) node = arena_.take<double>(g.lanes.channels);
+    pool_totals_ = arena_.take<double>(kEdges * 2 * g.lanes.channels);
+    bypass_sums_ = arena_.take<Vec<T>>(kEdges * g.lanes.blocks);
+    merged_ = arena_.take<double>(4 * g.lanes.channels);
+    pair_sum_ = arena_.take<double>(g.lanes.channels);
+    pair_product_ = arena_.take<double>(g.lanes.channels);
+    together_ = edges_together();
+    for (int i = 0; i < together_; ++i) {
+      for (auto& slot : outputs_[i]) slot = arena_.take<Vec<T>>(g.node_planes());
+      for (auto& slot : between_[i]) slot = arena_.take<Vec<T>>(g.node_planes());
+      for (auto& slot : sums_[i]) slot = arena_.take<Vec<T>>(2 * planes);
+      for (auto& slot : coefficients_[i]) slot = arena_.take<Vec<T>>(3 * g.lanes.groups);
+      taps_[i] = arena_.take<Vec<T>>(g.chunks.count * kTaps * g.lanes.groups);
+      matrices_[i] =
+          arena_.take<Vec<T>>(g.chunks.count * (kConvolutions + 2) * weights_.pointwise().weights());
+    }
+    state_gradients_ = arena_.take<T>(2 * g.shape.images * g.pixels * g.shape.channels);
+    for (auto& node : rest_gradients_) {
+      node = arena_.take<T>(
+          g.shape.partial > 1 ? g.shape.images * g.node_pixels * g.shape.channels : 0);
+    }
+    rectified_size_ = std::max(g.rectified(nullptr, 0).size(), g.rectified(nullptr, 2).size());
+    scratch_size_ = rectified_size_ + g.between(nullptr).size() + 4 * padded_gradient(nullptr, 0).size() +
+                    2 * g.per_block(g.node_pixels) + g.lanes.groups * 2 * g.width + 2 * g.width;
+    scratch_ = arena_.take<Vec<T>>(pool.threads * scratch_size_);
+    wide_size_ = g.wide.groups * kLanes;
+    wide_ = arena_.take<T>(pool.threads * 2 * wide_size_);
+  }
+
+  int64_t workspace_bytes() const { return arena_.used(); }
+
+  void run() {
+    const auto& g = geometry_;
+    parallel(pool_, kEdges, [&](int64_t edge, int64_t) {
+      int target = 2;
+      while (first_edge(target + 1) <= edge) ++target;
+      weights_.pack(call_.weights, int(edge), int(edge) - first_edge(target), target);
+    });
+    parallel(pool_, g.chunks.count * kSources, [&](int64_t unit, int64_t thread) {
+      recall_state(int(unit % kSources), unit / kSources, thread);
+    });
+    if (call_.operations_gradient) {
+      std::fill(call_.operations_gradient, call_.operations_gradient + kEdges * kOperations, T(0));
+    }
+    for (int target = kStates - 1; target >= 2; --target) {
+      complete_node(target);
+      for (int s = 0; s < target; s += together_) {
+        go_back(s, std::min(s + together_, target), target);
+      }
+    }
+    complete_inputs();
+    if (call_.bypass_gradient) merge_bypass();
+    if (call_.before_gradient || call_.previous_gradient || call_.weights_gradient) {
+      preprocess_.backward(call_, state_gradients_, pool_);
+    }
+  }
+
+ private:
+  enum Slot { kA3, kA5, kY3, kY5, kD3, kD5, kReduced, kSlots };  // an edge's convolutions
+  enum Sum { kSumSkip = kSlots, kSumMax, kSumAverage, kSums };
+
+  static constexpr int slot_of(int convolution) {
+    constexpr int slots[] = {kA3, kY3, kA5, kY5, kD3, kD5};
+    return slots[convolution];
+  }
+
+  // Edges that are computed again at once: as many as a share of a shared cache holds.
+  int edges_together() const {
+    constexpr int64_t kBytes = 8 << 20;
+    const int64_t edge = 13 * geometry_.node_planes() * int64_t(sizeof(Vec<T>));
+    return int(std::clamp<int64_t>(kBytes / std::max<int64_t>(edge, 1), 1, kSources));
+  }
+
+  struct Scratch {
+    Vec<T>*rectified, *second, *padded, *gradient, *row;
+  };
+  Scratch scratch(int64_t thread) const {
+    const auto& g = geometry_;
+    Scratch s;
+    s.rectified = scratch_ + thread * scratch_size_;
+    s.second = s.rectified + rectified_size_;
+    s.padded = s.second + g.between(nullptr).size();
+    s.gradient = s.padded + 4 * padded_gradient(nullptr, 0).size();
+    s.row = s.gradient + 2 * g.per_block(g.node_pixels);
+    return s;
+  }
+  // One for each of the convolutions that look at an edge's input.
+  Padded<T> padded_gradient(Vec<T>* at, int which) const {
+    const auto& g = geometry_;
+    const Padded<T> first{at, g.lanes.groups, g.node_height, g.node_width, kPadding};
+    return {at + which * first.size(), first.groups, first.height, first.width, first.padding};
+  }
+
+  template <typename F>
+  void for_blocks(int64_t chunk, F&& f) {
+    for (int64_t b = geometry_.chunks.begin(chunk); b < geometry_.chunks.end(chunk); ++b) f(b);
+  }
+  int64_t node_block(int64_t block) const {
+    return block * geometry_.per_block(geometry_.node_pixels);
+  }
+  Vec<T> mean(int64_t at, int64_t group) const {
+    return in_lanes<T>(geometry_.lanes, call_.mean + at, group);
+  }
+  int64_t statistics(int source, int target, int convolution) const {
+    return call_.shape.convolution_statistics(edge_of(source, target), convolution);
+  }
+  T weight(int edge, int operation) const {
+    return call_.operations[edge * kOperations + operation];
+  }
+
+  // A state in the kernels' layout, and its pools.
+  void recall_state(int s, int64_t chunk, int64_t thread) {
+    const auto& g = geometry_;
+    const int64_t channels = g.shape.channels, pixels = g.state_pixels(s);
+    const Images<const T> from =
+        s < 2 ? Images<const T>{call_.states + s * g.shape.images * pixels * channels,
+                                pixels * channels, channels}
+              : Images<const T>{call_.output + (s - 2) * channels, pixels * kNodes * channels,
+                                kNodes * channels};
+    Vec<T>* largest = scratch(thread).row;
+    Vec<T>* total = largest + g.state_width(s);
+    for_blocks(chunk, [&](int64_t block) {
+      Vec<T>* planes = states_[s] + block * g.per_block(pixels);
+      gather(g.lanes, block, from, pixels, planes, pixels);
+      std::fill(gradients_[s] + block * g.per_block(pixels),
+                gradients_[s] + (block + 1) * g.per_block(pixels), Vec<T>::zero());
+      if (!pools_alive(call_.live, s)) return;
+      for (int64_t group = 0; group < g.lanes.groups; ++group) {
+        for (int64_t y = 0; y < g.node_height; ++y) {
+          const int64_t row = node_block(block) + group * g.node_pixels + y * g.node_width;
+          pool_row(planes + group * pixels, g.state_height(s), g.state_width(s), g.stride(s), y,
+                   largest, total, pools_[s][0] + row, pools_[s][1] + row);
+        }
+      }
+    });
+  }
+
+  // All edges that leave a node are done: its gradient, in the kernels' layout.
+  void complete_node(int target) {
+    const auto& g = geometry_;
+    if (target < kSources) settle_pools(target);
+    parallel(pool_, g.chunks.count, [&](int64_t chunk, int64_t thread) {
+      for_blocks(chunk, [&](int64_t block) {
+        if (target < kSources) pool_gradient(target, block, thread);
+        collect_gradient(target, block, thread);
+      });
+    });
+    merge_sums(g.lanes, node_sums_[target - 2], node_totals_[target - 2]);
+  }
+
+  void collect_gradient(int target, int64_t block, int64_t thread) {
+    const auto& g = geometry_;
+    const int64_t channels = g.shape.channels;
+    Vec<T>* planes = node_gradients_[target - 2] + node_block(block);
+    const Vec<T>* inner =
+        target < kSources ? gradients_[target] + node_block(block) : nullptr;
+    if (g.shape.partial == 1) {
+      const Images<const T> from{call_.output_gradient + (target - 2) * channels,
+                                 g.node_pixels * kNodes * channels, kNodes * channels};
+      gather(g.lanes, block, from, g.node_pixels, planes, g.node_pixels);
+      if (inner) {
+        for (int64_t x = 0; x < g.per_block(g.node_pixels); ++x) planes[x] += inner[x];
+      }
+    } else {
+      split_gradient(target, block, inner, planes, wide_ + thread * 2 * wide_size_);
+    }
+    for (int64_t group = 0; group < g.lanes.groups; ++group) {
+      Vec<T> even = Vec<T>::zero(), odd = Vec<T>::zero();
+      const Vec<T>* plane = planes + group * g.node_pixels;
+      int64_t x = 0;
+      for (; x + 2 <= g.node_pixels; x += 2) {
+        even += plane[x];
+        odd += plane[x + 1];
+      }
+      if (x < g.node_pixels) even += plane[x];
+      node_sums_[target - 2][block * g.lanes.groups + group] = even + odd;
+    }
+  }
+
+  // PC-DARTS: undoes the shuffle; the mixed channels go on, the others go by the edges.
+  void split_gradient(int target, int64_t block, const Vec<T>* inner, Vec<T>* planes, T* pixel) {
+    const auto& g = geometry_;
+    const int64_t channels = g.shape.channels, mixed = g.lanes.channels;
+    const int64_t start = mixed / kLanes * kLanes;  // Vecs before it hold mixed channels alone
+    T* apart = pixel + wide_size_;
+    std::fill(planes, planes + g.per_block(g.node_pixels), Vec<T>::zero());
+    Vec<T> products[kStates];
+    for (auto& product : products) product = Vec<T>::zero();
+    for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
+      const int64_t image = block * g.lanes.together + n;
+      for (int64_t x = 0; x < g.node_pixels; ++x) {
+        const int64_t place = image * g.node_pixels + x;
+        std::memcpy(pixel, call_.output_gradient + (place * kNodes + target - 2) * channels,
+                    channels * sizeof(T));
+        if (inner) {
+          copy_lanes(g.lanes, reinterpret_cast<const T*>(inner + x), g.node_pixels * kLanes, n,
+                     apart);
+          for (int64_t c = 0; c < mixed; ++c) pixel[c] += apart[c];
+          for (int64_t at = start; at < channels; at += kLanes) {
+            const int64_t row = x / g.node_width, column = x % g.node_width;
+            const Vec<T> sum = load_channels<T>(pixel + at, channels - at) +
+                               passed_by(target, image, row, column, at, products);
+            store_channels(sum, pixel + at, channels - at);
+          }
+        }
+        unshuffle(pixel, mixed, g.shape.partial, apart);
+        T* lanes = reinterpret_cast<T*>(planes + x) + n * g.lanes.group;
+        for (int64_t c = 0; c < mixed; c += kLanes) {
+          const int64_t count = std::min<int64_t>(kLanes, mixed - c);
+          for (int64_t i = 0; i < count; ++i) {
+            lanes[c * g.node_pixels + i] = apart[c + i];
+            apart[c + i] = 0;
+          }
+        }
+        std::memcpy(rest_gradients_[target - 2] + place * channels, apart, channels * sizeof(T));
+      }
+    }
+    if (inner) keep_products(target, block, products);
+  }
+
+  // What the edges that leave state `s` let pass by sends back to its channels at..at + 15 at a
+  // node pixel; adds to products[target] what that edge's weight gets.
+  Vec<T> passed_by(int s, int64_t image, int64_t y, int64_t x, int64_t at, Vec<T>* products) {
+    const auto& g = geometry_;
+    const int64_t channels = g.shape.channels;
+    const Vec<T> state = bypassing(call_.states, call_.output, g, s, image, y, x, at);
+    const int64_t place = (image * g.node_pixels + y * g.node_width + x) * channels + at;
+    Vec<T> sum = Vec<T>::zero();
+    for (int target = std::max(2, s + 1); target < kStates; ++target) {
+      const Vec<T> rest =
+          load_channels<T>(rest_gradients_[target - 2] + place, channels - at);
+      products[target] += rest * state;
+      sum += rest * Vec<T>::splat(call_.bypass[edge_of(s, target)]);
+    }
+    return sum;
+  }
+
+  void keep_products(int s, int64_t block, const Vec<T>* products) {
+    for (int target = std::max(2, s + 1); target < kStates; ++target) {
+      bypass_sums_[edge_of(s, target) * geometry_.lanes.blocks + block] = products[target];
+    }
+  }
+
+  // Computes edges again, and sends their gradients back.
+  void go_back(int first, int last, int target) {
+    const auto& g = geometry_;
+    const int edges = last - first;
+    const auto each = [&](auto&& pass) {
+      parallel(pool_, g.chunks.count * edges, [&](int64_t unit, int64_t thread) {
+        const int i = int(unit % edges);
+        pass(i, first + i, target, unit / edges, thread);
+      });
+    };
+    for (int i = 0; i < edges; ++i) prepare_edge(i, first + i, target);
+    each([&](auto... arguments) { recompute(arguments...); });
+    for (int i = 0; i < edges; ++i) settle_outputs(i, first + i, target);
+    each([&](auto... arguments) { second_convolutions(arguments...); });
+    for (int i = 0; i < edges; ++i) settle_between(i, first + i, target);
+    each([&](auto... arguments) { first_convolutions(arguments...); });
+    if (!call_.weights_gradient) return;
+    parallel(pool_, edges * (kConvolutions + 1), [&](int64_t unit, int64_t) {
+      const int i = int(unit / (kConvolutions + 1));
+      unpack(i, first + i, target, int(unit % (kConvolutions + 1)));
+    });
+  }
+
+  // Scale and shift between the two convolutions of the separable ones.
+  void prepare_edge(int i, int s, int target) {
+    const auto& g = geometry_;
+    for (int k = 0; k < 2; ++k) {
+      const int64_t at = statistics(s, target, kFirst[k].convolution);
+      for (int64_t group = 0; group < g.lanes.groups; ++group) {
+        const Vec<T> scale = in_lanes<T>(g.lanes, call_.reciprocal_deviation + at, group);
+        Vec<T>* to = coefficients_[i][kA3 + k] + group;
+        to[0] = scale;
+        to[g.lanes.groups] = Vec<T>::zero() - mean(at, group) * scale;
+      }
+    }
+  }
+
+  void recompute(int i, int s, int target, int64_t chunk, int64_t thread) {
+    const auto& g = geometry_;
+    const int edge = edge_of(s, target);
+    const bool* live = call_.live[edge];
+    const bool reducing = live[kSkip] && g.stride(s) == 2;
+    const Scratch own = scratch(thread);
+    const Padded<T> input = g.rectified(own.rectified, s);
+    const Padded<T> second = g.between(own.second);
+    input.clear_border();
+    second.clear_border();
+    for_blocks(chunk, [&](int64_t block) {
+      const int64_t at = node_block(block);
+      const Vec<T>* gradient = node_gradients_[target - 2] + at;
+      const auto dot_row = [&](int sum, const Vec<T>* planes, int64_t statistic, int64_t y) {
+        for (int64_t group = 0; group < g.lanes.groups; ++group) {
+          const int64_t row = group * g.node_pixels + y * g.node_width;
+          Vec<T>& total = sums_[i][sum][block * g.lanes.groups + group];
+          if (y == 0) total = Vec<T>::zero();
+          const Vec<T> shift = statistic < 0 ? Vec<T>::zero() : mean(statistic, group);
+          add_product(total, gradient + row, planes + row, shift, g.node_width);
+        }
+      };
+      const auto dot = [&](int sum, const Vec<T>* planes, int64_t statistic) {
+        for (int64_t y = 0; y < g.node_height; ++y) dot_row(sum, planes, statistic, y);
+      };
+      if (any_first(live) || reducing) {
+        rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
+      }
+      for (int k = 0; k < 4; ++k) {
+        if (!live[kFirst[k].operation]) continue;
+        const int convolution = kFirst[k].convolution, slot = slot_of(convolution);
+        Vec<T>* out = outputs_[i][slot] + at;
+        convolve(Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s))),
+                 weights_.pointwise(), input, weights_.taps(edge, convolution),
+                 weights_.matrix(edge, convolution), g.node_height, g.node_width,
+                 kept(i, convolution, at), own.row, out, [&](int64_t) {});
+        if (k >= 2) dot(slot, out, statistics(s, target, convolution));
+      }
+      for (int k = 0; k < 2; ++k) {
+        if (!live[kSecond[k].operation]) continue;
+        const int convolution = kSecond[k].convolution, slot = slot_of(convolution);
+        Vec<T>* out = outputs_[i][slot] + at;
+        rectify_between(i, k, block, second);
+        convolve(Depthwise<T>::choose(kSecond[k].size, 1, 1), weights_.pointwise(), second,
+                 weights_.taps(edge, convolution), weights_.matrix(edge, convolution),
+                 g.node_height, g.node_width, kept(i, convolution, at), own.row, out,
+                 [&](int64_t) {});
+        dot(slot, out, statistics(s, target, convolution));
+      }
+      if (reducing) {
+        const int slot = reducing_slot(s, target);
+        Vec<T>* out = outputs_[i][kReduced] + at;
+        reduce(weights_.pointwise(), input, weights_.reduce(slot, 0), weights_.reduce(slot, 1),
+               g.node_height, g.node_width, own.row, out, [&](int64_t) {});
+        dot(kReduced, out, call_.shape.reduce_statistics(slot));
+      } else if (live[kSkip]) {
+        dot(kSumSkip, states_[s] + at, -1);
+      }
+      for (int average = 0; average < 2; ++average) {
+        if (!live[kMaxPool + average]) continue;
+        dot(kSumMax + average, pools_[s][average] + at, call_.shape.pool_statistics(s, average));
+      }
+    });
+  }
+
+  // Where a depthwise convolution's output is kept for the gradient of the pointwise one.
+  Vec<T>* kept(int i, int convolution, int64_t at) const {
+    return call_.weights_gradient ? between_[i][convolution] + at : nullptr;
+  }
+  void rectify_between(int i, int k, int64_t block, const Padded<T>& to) const {
+    const Vec<T>* scale = coefficients_[i][kA3 + k];
+    normalise_and_rectify(outputs_[i][kA3 + k] + node_block(block), scale,
+                          scale + geometry_.lanes.groups, to);
+  }
+
+  // The sums over the batch of one edge: gradients of the mixing weights, and what the gradients
+  // of the normalisations need.
+  void settle_outputs(int i, int s, int target) {
+    const auto& g = geometry_;
+    const int edge = edge_of(s, target);
+    const bool* live = call_.live[edge];
+    const double* sum = node_totals_[target - 2];
+    const auto settle = [&](int operation, int slot, int64_t at, double* product) {
+      merge_sums(g.lanes, sums_[i][slot], product);
+      if (call_.operations_gradient) {
+        double total = 0;
+        for (int64_t c = 0; c < g.lanes.channels; ++c) {
+          total += product[c] * (at < 0 ? 1.0 : double(call_.reciprocal_deviation[at + c]));
+        }
+        call_.operations_gradient[edge * kOperations + operation] = T(total);
+      }
+      if (slot < kSlots) {
+        store_coefficients(double(weight(edge, operation)), at, sum, product,
+                           coefficients_[i][slot]);
+      }
+    };
+    for (int operation = kSep3; operation <= kDil5; ++operation) {
+      if (!live[operation]) continue;
+      const int convolution = last_convolution(operation);
+      settle(operation, slot_of(convolution), statistics(s, target, convolution), merged_);
+    }
+    if (live[kSkip]) {
+      if (g.stride(s) == 2) {
+        settle(kSkip, kReduced, call_.shape.reduce_statistics(reducing_slot(s, target)), merged_);
+      } else {
+        settle(kSkip, kSumSkip, -1, merged_);
+      }
+    }
+    for (int average = 0; average < 2; ++average) {
+      if (!live[kMaxPool + average]) continue;
+      settle(kMaxPool + average, kSumMax + average, call_.shape.pool_statistics(s, average),
+             pool_totals_ + (edge * 2 + average) * g.lanes.channels);
+    }
+  }
+
+  // a, d and b of the formula at the top, in lanes: [a, d, b][group].
+  void store_coefficients(double weight, int64_t at, const double* sum, const double* product,
+                          Vec<T>* to) {
+    const auto& g = geometry_;
+    const int64_t channels = g.lanes.channels;
+    const double each = call_.training ? 1.0 / double(g.shape.images * g.node_pixels) : 0.0;
+    double* values = merged_ + channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double r = double(call_.reciprocal_deviation[at + c]);
+      const double a = weight * r, d = -a * r * r * product[c] * each;
+      values[c] = a;
+      values[channels + c] = d;
+      values[2 * channels + c] = -a * sum[c] * each - d * double(call_.mean[at + c]);
+    }
+    for (int part = 0; part < 3; ++part) {
+      for (int64_t group = 0; group < g.lanes.groups; ++group) {
+        to[part * g.lanes.groups + group] =
+            in_lanes<T>(g.lanes, values + part * channels, group);
+      }
+    }
+  }
+
+  // Rows whose gradients are taken together: enough pixels for the weight gradients to pay.
+  int64_t strip_rows() const {
+    return std::clamp<int64_t>(kStrip / geometry_.node_width, 1, geometry_.node_height);
+  }
+
+  // dy of the formula at the top, for rows of one block: [group][pixel]. Lanes of missing images
+  // stay zero.
+  void gradient_of(const Vec<T>* coefficients, int64_t block, const Vec<T>* gradient,
+                   const Vec<T>* planes, int64_t first, int64_t pixels, Vec<T>* to) const {
+    const auto& g = geometry_;
+    for (int64_t group = 0; group < g.lanes.groups; ++group) {
+      const Vec<T>* at = coefficients + group;
+      const Vec<T> a = without_missing(g.lanes, block, at[0]);
+      const Vec<T> d = without_missing(g.lanes, block, at[g.lanes.groups]);
+      const Vec<T> b = without_missing(g.lanes, block, at[2 * g.lanes.groups]);
+      const Vec<T>* from = gradient + group * g.node_pixels + first;
+      const Vec<T>* plane = planes + group * g.node_pixels + first;
+      for (int64_t x = 0; x < pixels; ++x) {
+        to[group * pixels + x] = a * from[x] + (d * plane[x] + b);
+      }
+    }
+  }
+
+  // The gradient of a convolution's output, from `gradient` of what it was normalised to, through
+  // its pointwise part into the padded planes, with the weight gradients on the way.
+  void gradient_into(const Padded<T>& padded, int i, int edge, int convolution,
+                     const Depthwise<T>& depthwise, int64_t block, int64_t chunk,
+                     const Padded<T>& input, const Vec<T>* gradient, Vec<T>* strip) {
+    const auto& g = geometry_;
+    const Pointwise<T>& pointwise = weights_.pointwise();
+    const int slot = slot_of(convolution);
+    const int64_t rows = strip_rows();
+    for (int64_t y = 0; y < g.node_height; y += rows) {
+      const int64_t count = std::min(rows, g.node_height - y);
+      const int64_t first = y * g.node_width, pixels = count * g.node_width;
+      gradient_of(coefficients_[i][slot], block, gradient, outputs_[i][slot] + node_block(block),
+                  first, pixels, strip);
+      for (int64_t row = 0; row < count; ++row) {
+        pointwise.row(strip + row * g.node_width, pixels, weights_.transposed(edge, convolution),
+                      padded.row(0, y + row), padded.plane(), g.node_width);
+      }
+      if (call_.weights_gradient) {
+        pointwise.weight_gradient(between_[i][convolution] + node_block(block) + first,
+                                  g.node_pixels, strip, pixels, pixels,
+                                  matrix_sums(i, chunk, convolution));
+      }
+    }
+    if (!call_.weights_gradient) return;
+    const DepthwiseSlot table = depthwise_slot(convolution);
+    for (int64_t group = 0; group < g.lanes.groups; ++group) {
+      depthwise.weight_gradient(
+          input.first_tap(group, depthwise.padding()), input.pitch(), padded.row(group, 0),
+          padded.pitch(), g.node_height, g.node_width,
+          tap_sums(i, chunk) + table.offset() * g.lanes.groups + group * depthwise.taps());
+    }
+  }
+
+  // The taps of a convolution as its input's gradient needs them.
+  static void turn(const Depthwise<T>& depthwise, const Vec<T>* taps, Vec<T>* to) {
+    const int count = depthwise.taps();
+    for (int tap = 0; tap < count; ++tap) {
+      to[tap] = taps[depthwise.stride == 1 ? count - 1 - tap : tap];
+    }
+  }
+
+  // Row y of the gradient of a depthwise convolution's input.
+  static void gradient_row(const Depthwise<T>& depthwise, const Padded<T>& padded, int64_t group,
+                           int64_t y, const Vec<T>* turned, Vec<T>* row, int64_t width,
+                           bool accumulate) {
+    if (depthwise.stride == 1) {
+      depthwise.gradient_row(padded.first_tap(group, depthwise.padding()) + y * padded.pitch(),
+                             padded.pitch(), turned, row, width, accumulate);
+    } else {
+      depthwise.strided_gradient_row(padded.row(group, 0), padded.pitch(), turned, row, width, y,
+                                     accumulate);
+    }
+  }
+
+  // Gradients of the second convolutions of an edge, and of its skip connection.
+  void second_convolutions(int i, int s, int target, int64_t chunk, int64_t thread) {
+    const auto& g = geometry_;
+    const int edge = edge_of(s, target);
+    const bool* live = call_.live[edge];
+    const bool reducing = live[kSkip] && g.stride(s) == 2;
+    const Scratch own = scratch(thread);
+    const Padded<T> input = g.rectified(own.rectified, s);
+    const Padded<T> second = g.between(own.second);
+    const Padded<T> padded = padded_gradient(own.padded, 0);
+    input.clear_border();
+    second.clear_border();
+    padded.clear_border();
+    if (call_.weights_gradient) clear_sums(i, chunk);
+    for_blocks(chunk, [&](int64_t block) {
+      const Vec<T>* gradient = node_gradients_[target - 2] + node_block(block);
+      for (int k = 0; k < 2; ++k) {
+        if (!live[kSecond[k].operation]) continue;
+        const int convolution = kSecond[k].convolution;
+        const auto depthwise = Depthwise<T>::choose(kSecond[k].size, 1, 1);
+        rectify_between(i, k, block, second);
+        gradient_into(padded, i, edge, convolution, depthwise, block, chunk, second, gradient,
+                      own.gradient);
+        Vec<T> turned[25];
+        for (int64_t group = 0; group < g.lanes.groups; ++group) {
+          turn(depthwise, weights_.taps(edge, convolution) + group * depthwise.taps(), turned);
+          for (int64_t y = 0; y < g.node_height; ++y) {
+            gradient_row(depthwise, padded, group, y, turned, own.row, g.node_width, false);
+            keep_between(i, s, target, k, block, second, group, y, own.row);
+          }
+        }
+      }
+      if (!live[kSkip]) return;
+      if (reducing) rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
+      skip_gradient(i, s, target, block, chunk, input, gradient, own);
+    });
+  }
+
+  // The gradient between two convolutions takes the place of what the second one gave.
+  void keep_between(int i, int s, int target, int k, int64_t block, const Padded<T>& second,
+                    int64_t group, int64_t y, const Vec<T>* row) {
+    const auto& g = geometry_;
+    const int64_t at = node_block(block) + group * g.node_pixels + y * g.node_width;
+    const Vec<T>* first = outputs_[i][kA3 + k] + at;
+    Vec<T>* to = outputs_[i][kY3 + k] + at;
+    const Vec<T>* mask = second.row(group, y);
+    const Vec<T> shift = mean(statistics(s, target, kFirst[k].convolution), group);
+    Vec<T>* sum = sums_[i][kA3 + k] + (block * g.lanes.groups + group) * 2;
+    if (y == 0) sum[0] = sum[1] = Vec<T>::zero();
+    for (int64_t x = 0; x < g.node_width; ++x) {
+      const Vec<T> gradient = relu_gradient(row[x], mask[x]);
+      to[x] = gradient;
+      sum[0] += gradient;
+      sum[1] += gradient * (first[x] - shift);
+    }
+  }
+
+  void skip_gradient(int i, int s, int target, int64_t block, int64_t chunk,
+                     const Padded<T>& input, const Vec<T>* gradient, const Scratch& own) {
+    const auto& g = geometry_;
+    if (g.stride(s) == 1) {
+      const Vec<T> factor = Vec<T>::splat(weight(edge_of(s, target), kSkip));
+      Vec<T>* to = gradients_[s] + node_block(block);
+      for (int64_t x = 0; x < g.per_block(g.node_pixels); ++x) to[x] += factor * gradient[x];
+      return;
+    }
+    const Pointwise<T>& pointwise = weights_.pointwise();
+    const int slot = reducing_slot(s, target);
+    const int64_t width = g.node_width;
+    gradient_of(coefficients_[i][kReduced], block, gradient,
+                outputs_[i][kReduced] + node_block(block), 0, g.node_pixels, own.gradient);
+    for (int odd = 0; odd < 2; ++odd) {
+      for (int64_t y = 0; y < g.node_height; ++y) {
+        const Vec<T>* row = own.gradient + y * width;
+        if (call_.weights_gradient) {
+          every_second(input, odd, y, width, own.row);
+          pointwise.weight_gradient(own.row, width, row, g.node_pixels, width,
+                                    matrix_sums(i, chunk, kConvolutions + odd));
+        }
+        if (2 * y + odd >= g.height) continue;
+        pointwise.row(row, g.node_pixels, weights_.reduce_transposed(slot, odd), own.row, width,
+                      width);
+        for (int64_t group = 0; group < g.lanes.groups; ++group) {
+          const Vec<T>* mask = input.row(group, 2 * y + odd) + odd;
+          Vec<T>* to = gradients_[s] +
+                       (block * g.lanes.groups + group) * g.pixels + (2 * y + odd) * g.width + odd;
+          for (int64_t x = 0; 2 * x + odd < g.width; ++x) {
+            to[2 * x] += relu_gradient(own.row[group * width + x], mask[2 * x]);
+          }
+        }
+      }
+    }
+  }
+
+  // Coefficients of the first convolutions of the separable ones.
+  void settle_between(int i, int s, int target) {
+    const bool* live = call_.live[edge_of(s, target)];
+    for (int k = 0; k < 2; ++k) {
+      if (!live[kFirst[k].operation]) continue;
+      merge_pairs(sums_[i][kA3 + k]);
+      store_coefficients(1.0, statistics(s, target, kFirst[k].convolution), pair_sum_, pair_product_,
+                         coefficients_[i][kA3 + k]);
+    }
+  }
+
+  // Gradients of the convolutions that look at an edge's input: their sum is masked and added once.
+  void first_convolutions(int i, int s, int target, int64_t chunk, int64_t thread) {
+    const auto& g = geometry_;
+    const int edge = edge_of(s, target);
+    const bool* live = call_.live[edge];
+    if (!any_first(live)) return;
+    const Scratch own = scratch(thread);
+    const Padded<T> input = g.rectified(own.rectified, s);
+    input.clear_border();
+    Depthwise<T> depthwise[4];
+    for (int k = 0; k < 4; ++k) {
+      padded_gradient(own.padded, k).clear_border();
+      depthwise[k] =
+          Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s)));
+    }
+    for_blocks(chunk, [&](int64_t block) {
+      rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
+      for (int k = 0; k < 4; ++k) {
+        if (!live[kFirst[k].operation]) continue;
+        const Vec<T>* gradient = k < 2 ? outputs_[i][kY3 + k] : node_gradients_[target - 2];
+        gradient_into(padded_gradient(own.padded, k), i, edge, kFirst[k].convolution, depthwise[k],
+                      block, chunk, input, gradient + node_block(block), own.gradient);
+      }
+      for (int64_t group = 0; group < g.lanes.groups; ++group) {
+        Vec<T> turned[4][25];
+        for (int k = 0; k < 4; ++k) {
+          const Vec<T>* taps = weights_.taps(edge, kFirst[k].convolution);
+          turn(depthwise[k], taps + group * depthwise[k].taps(), turned[k]);
+        }
+        Vec<T>* to = gradients_[s] + (block * g.lanes.groups + group) * g.state_pixels(s);
+        for (int64_t y = 0; y < input.height; ++y) {
+          bool begun = false;
+          for (int k = 0; k < 4; ++k) {
+            if (!live[kFirst[k].operation]) continue;
+            gradient_row(depthwise[k], padded_gradient(own.padded, k), group, y, turned[k],
+                         own.row, input.width, begun);
+            begun = true;
+          }
+          const Vec<T>* mask = input.row(group, y);
+          for (int64_t x = 0; x < input.width; ++x) {
+            to[y * input.width + x] += relu_gradient(own.row[x], mask[x]);
+          }
+        }
+      }
+    });
+  }
+
+  Vec<T>* tap_sums(int i, int64_t chunk) const {
+    return taps_[i] + chunk * kTaps * geometry_.lanes.groups;
+  }
+  Vec<T>* matrix_sums(int i, int64_t chunk, int convolution) const {
+    return matrices_[i] +
+           (chunk * (kConvolutions + 2) + convolution) * weights_.pointwise().weights();
+  }
+  void clear_sums(int i, int64_t chunk) {
+    std::fill(tap_sums(i, chunk), tap_sums(i, chunk + 1), Vec<T>::zero());
+    std::fill(matrix_sums(i, chunk, 0), matrix_sums(i, chunk + 1, 0), Vec<T>::zero());
+  }
+
+  // The sums over chunks of one convolution's gradients, in the order of the parameters.
+  void unpack(int i, int s, int target, int convolution) {
+    const auto& g = geometry_;
+    const int64_t c = g.lanes.channels, inputs = g.lanes.groups * g.lanes.group;
+    const int edge = edge_of(s, target);
+    const auto over_chunks = [&](auto&& at) {
+      Vec<T> total = at(0);
+      for (int64_t chunk = 1; chunk < g.chunks.count; ++chunk) total += at(chunk);
+      return total;
+    };
+    const auto matrix = [&](int which, T* to, int64_t first, int64_t last) {
+      for (int64_t group = 0; group < g.lanes.groups; ++group) {
+        for (int64_t in = 0; in < c; ++in) {
+          const Vec<T> total = over_chunks([&](int64_t chunk) {
+            return matrix_sums(i, chunk, which)[group * inputs + in];
+          });
+          T values[kLanes] = {};
+          add_lanes(g.lanes, g.lanes.together, 0, total, values);
+          for (int64_t o = 0; o < g.lanes.channels_of(group); ++o) {
+            const int64_t column = group * kLanes + o;
+            if (column >= first && column < last) to[in * c + column] = values[o];
+          }
+        }
+      }
+    };
+    if (convolution == kConvolutions) {
+      if (!g.shape.reduction || s >= 2) return;
+      T* to = call_.weights_gradient + g.shape.reduce() + reducing_slot(s, target) * c * c;
+      if (!call_.live[edge][kSkip]) {
+        std::fill(to, to + c * c, T(0));
+        return;
+      }
+      matrix(kConvolutions, to, 0, c / 2);
+      matrix(kConvolutions + 1, to, c / 2, c);
+      return;
+    }
+    const DepthwiseSlot slot = depthwise_slot(convolution);
+    const int taps = slot.size * slot.size;
+    T* to = call_.weights_gradient + slot.source(g.shape, edge);
+    std::fill(to, to + taps * c, T(0));
+    for (int64_t group = 0; group < g.lanes.groups; ++group) {
+      for (int tap = 0; tap < taps; ++tap) {
+        const Vec<T> total = over_chunks([&](int64_t chunk) {
+          return tap_sums(i, chunk)[slot.offset() * g.lanes.groups + group * taps + tap];
+        });
+        add_lanes(g.lanes, g.lanes.together, group, total, to + tap * c);
+      }
+    }
+    matrix(convolution, call_.weights_gradient + g.shape.pointwise() +
+                            (edge * kConvolutions + convolution) * c * c, 0, c);
+  }
+
+  // Coefficients of the gradient through the pools of a state, from all edges that leave it.
+  void settle_pools(int s) {
+    const auto& g = geometry_;
+    const int64_t channels = g.lanes.channels;
+    for (int average = 0; average < 2; ++average) {
+      std::fill(pair_sum_, pair_sum_ + channels, 0.0);
+      std::fill(pair_product_, pair_product_ + channels, 0.0);
+      for (int target = std::max(2, s + 1); target < kStates; ++target) {
+        const int edge = edge_of(s, target);
+        if (!call_.live[edge][kMaxPool + average]) continue;
+        const double factor = double(weight(edge, kMaxPool + average));
+        const double* product = pool_totals_ + (edge * 2 + average) * channels;
+        for (int64_t c = 0; c < channels; ++c) {
+          pair_sum_[c] += factor * node_totals_[target - 2][c];
+          pair_product_[c] += factor * product[c];
+        }
+      }
+      store_coefficients(1.0, call_.shape.pool_statistics(s, average), pair_sum_, pair_product_,
+                         pool_coefficients_[s][average]);
+    }
+  }
+
+  void pool_gradient(int s, int64_t block, int64_t thread) {
+    if (!pools_alive(call_.live, s)) return;
+    const auto& g = geometry_;
+    const Scratch own = scratch(thread);
+    Vec<T>* mixed = own.gradient;
+    for (int average = 0; average < 2; ++average) {
+      Vec<T>* to = mixed + average * g.per_block(g.node_pixels);
+      std::fill(to, to + g.per_block(g.node_pixels), Vec<T>::zero());
+      for (int target = std::max(2, s + 1); target < kStates; ++target) {
+        const int edge = edge_of(s, target);
+        if (!call_.live[edge][kMaxPool + average]) continue;
+        const Vec<T> factor = Vec<T>::splat(weight(edge, kMaxPool + average));
+        const Vec<T>* gradient = node_gradients_[target - 2] + node_block(block);
+        for (int64_t x = 0; x < g.per_block(g.node_pixels); ++x) to[x] += factor * gradient[x];
+      }
+      gradient_of(pool_coefficients_[s][average], block, to, pools_[s][average] + node_block(block),
+                  0, g.node_pixels, to);
+    }
+    for (int64_t group = 0; group < g.lanes.groups; ++group) {
+      const int64_t plane = (block * g.lanes.groups + group) * g.state_pixels(s);
+      for (int64_t y = 0; y < g.node_height; ++y) {
+        const int64_t row = group * g.node_pixels + y * g.node_width;
+        pool_row_gradient(states_[s] + plane, g.state_height(s), g.state_width(s), g.stride(s), y,
+                          pools_[s][0] + node_block(block) + row, mixed + row,
+                          mixed + g.per_block(g.node_pixels) + row, gradients_[s] + plane);
+      }
+    }
+  }
+
+  // The gradients of the two preprocessed inputs, channels last.
+  void complete_inputs() {
+    const auto& g = geometry_;
+    for (int s = 0; s < 2; ++s) settle_pools(s);
+    parallel(pool_, 2 * g.chunks.count, [&](int64_t unit, int64_t thread) {
+      const int s = int(unit % 2);
+      const int64_t channels = g.shape.channels;
+      const Images<T> to{state_gradients_ + s * g.shape.images * g.pixels * channels,
+                         g.pixels * channels, channels};
+      for_blocks(unit / 2, [&](int64_t block) {
+        pool_gradient(s, block, thread);
+        if (g.shape.partial > 1) complete_bypass(s, block, to.at);
+        const Vec<T>* planes = gradients_[s] + block * g.per_block(g.pixels);
+        scatter(g.lanes, block, planes, g.pixels, g.pixels, to);
+      });
+    });
+  }
+
+  // Writes all channels of the gradient of an input's state: the mixed ones are still zero.
+  void complete_bypass(int s, int64_t block, T* to) {
+    const auto& g = geometry_;
+    Vec<T> products[kStates];
+    for (auto& product : products) product = Vec<T>::zero();
+    for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
+      const int64_t image = block * g.lanes.together + n;
+      for (int64_t y = 0; y < g.node_height; ++y) {
+        for (int64_t x = 0; x < g.node_width; ++x) {
+          for (int64_t at = g.lanes.channels / kLanes * kLanes; at < g.shape.channels;
+               at += kLanes) {
+            bypass_gradient(call_.states, call_.output, g, s, image, y, x, at,
+                            passed_by(s, image, y, x, at, products), to);
+          }
+        }
+      }
+    }
+    keep_products(s, block, products);
+  }
+
+  void merge_pairs(const Vec<T>* pairs) {
+    const auto& g = geometry_;
+    std::fill(pair_sum_, pair_sum_ + g.lanes.channels, 0.0);
+    std::fill(pair_product_, pair_product_ + g.lanes.channels, 0.0);
+    for (int64_t block = 0; block < g.lanes.blocks; ++block) {
+      for (int64_t group = 0; group < g.lanes.groups; ++group) {
+        const Vec<T>* pair = pairs + (block * g.lanes.groups + group) * 2;
+        add_lanes(g.lanes, g.lanes.images_of(block), group, pair[0], pair_sum_);
+        add_lanes(g.lanes, g.lanes.images_of(block), group, pair[1], pair_product_);
+      }
+    }
+  }
+
+  void merge_bypass() {
+    const auto& g = geometry_;
+    for (int edge = 0; edge < kEdges; ++edge) {
+      double total = 0;
+      for (int64_t block = 0; g.shape.partial > 1 && block < g.lanes.blocks; ++block) {
+        total += double(sum(bypass_sums_[edge * g.lanes.blocks + block], 0, kLanes));
+      }
+      call_.bypass_gradient[edge] = T(total);
+    }
+  }
+
+  const CellBackward<T>& call_;
+  const ThreadPool& pool_;
+  Geometry<T> geometry_;
+  Arena arena_;
+  EdgeWeights<T> weights_;
+  Preprocess<T> preprocess_;
+  int together_ = 1;
+  Vec<T>* states_[kSources];                   // [block][group][pixel]
+  Vec<T>* gradients_[kSources];                // of the mixed channels of the states
+  Vec<T>* pools_[kSources][2];
+  Vec<T>* pool_coefficients_[kSources][2];
+  Vec<T>* node_gradients_[kNodes];
+  Vec<T>* node_sums_[kNodes];                  // [block][group]
+  double* node_totals_[kNodes];                // [channel]
+  double* pool_totals_;                        // [edge][maximum, average][channel]
+  Vec<T>* bypass_sums_;                        // [edge][block]
+  Vec<T>* outputs_[kSources][kSlots];          // of the edges at hand
+  Vec<T>* between_[kSources][kConvolutions];   // their depthwise outputs
+  Vec<T>* sums_[kSources][kSums];              // [block][group], pairs for the first convolutions
+  Vec<T>* coefficients_[kSources][kSlots];
+  Vec<T>* taps_[kSources];                     // weight gradients of the edges at hand, by chunk
+  Vec<T>* matrices_[kSources];
+  T* state_gradients_;                         // [2, N, H, W, C]
+  T* rest_gradients_[kNodes];                  // of what passed the edges by [N, h, w, C]
+  double *merged_, *pair_sum_, *pair_product_;
+  int64_t rectified_size_, scratch_size_, wide_size_;
+  Vec<T>* scratch_;                            // a thread's own
+  T* wide_;
+};
+
+}  // namespace nas::NAS_ISA

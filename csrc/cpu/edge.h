@@ -1,0 +1,180 @@
+// What the forward pass and the recomputing backward pass of an edge share.
+
+#pragma once
+
+#include "layout.h"
+#include "pool.h"
+#include "weights.h"
+
+namespace nas::NAS_ISA {
+
+// The convolutions that look at an edge's input, and the two that look at what they give.
+struct Branch {
+  Operation operation;
+  int convolution;
+  int size, dilation;
+};
+constexpr Branch kFirst[] = {{kSep3, kSep3A, 3, 1},
+                             {kSep5, kSep5A, 5, 1},
+                             {kDil3, kDilated3, 3, 2},
+                             {kDil5, kDilated5, 5, 2}};
+constexpr Branch kSecond[] = {{kSep3, kSep3B, 3, 1}, {kSep5, kSep5B, 5, 1}};
+
+// The convolution that an operation ends with, whose normalised output is mixed.
+constexpr int last_convolution(int operation) {
+  constexpr int last[] = {kSep3B, kSep5B, kDilated3, kDilated5};
+  return last[operation - kSep3];
+}
+
+constexpr int64_t kPadding = 4;  // of a rectified state: what a dilated 5x5 convolution needs
+
+// A padded set of planes, [group][row][column], whose border stays zero.
+template <typename T>
+struct Padded {
+  Vec<T>* at;
+  int64_t groups, height, width, padding;
+
+  int64_t pitch() const { return width + 2 * padding; }
+  int64_t plane() const { return (height + 2 * padding) * pitch(); }
+  int64_t size() const { return groups * plane(); }
+  Vec<T>* row(int64_t g, int64_t y) const {
+    return at + g * plane() + (y + padding) * pitch() + padding;
+  }
+  // The pixel that the first tap of output (0, 0) meets, for a convolution padded by `q`.
+  const Vec<T>* first_tap(int64_t g, int64_t q) const { return row(g, -q) - q; }
+  void clear_border() const {
+    for (int64_t g = 0; g < groups; ++g) {
+      Vec<T>* plane_at = at + g * plane();
+      std::fill(plane_at, row(g, 0) - padding, Vec<T>::zero());
+      for (int64_t y = 0; y < height; ++y) {
+        std::fill(row(g, y) - padding, row(g, y), Vec<T>::zero());
+        std::fill(row(g, y) + width, row(g, y) + width + padding, Vec<T>::zero());
+      }
+      std::fill(row(g, height) - padding, plane_at + plane(), Vec<T>::zero());
+    }
+  }
+};
+
+// relu(planes) into the inside of `to`.
+template <typename T>
+void rectify(const Vec<T>* planes, const Padded<T>& to) {
+  for (int64_t g = 0; g < to.groups; ++g) {
+    for (int64_t y = 0; y < to.height; ++y) {
+      const Vec<T>* from = planes + (g * to.height + y) * to.width;
+      Vec<T>* row = to.row(g, y);
+      for (int64_t x = 0; x < to.width; ++x) row[x] = relu(from[x]);
+    }
+  }
+}
+
+// relu of the normalised planes into the inside of `to`; scale and shift are one Vec a group.
+template <typename T>
+void normalise_and_rectify(const Vec<T>* planes, const Vec<T>* scale, const Vec<T>* shift,
+                           const Padded<T>& to) {
+  for (int64_t g = 0; g < to.groups; ++g) {
+    const Vec<T> factor = scale[g], offset = shift[g];
+    for (int64_t y = 0; y < to.height; ++y) {
+      const Vec<T>* from = planes + (g * to.height + y) * to.width;
+      Vec<T>* row = to.row(g, y);
+      for (int64_t x = 0; x < to.width; ++x) row[x] = relu(from[x] * factor + offset);
+    }
+  }
+}
+
+// A depthwise and a pointwise convolution of one block, row by row: what the first gives stays in
+// the nearest cache. `between` [group][height][width] keeps it where somebody wants it again,
+// else `row` [group][width] is reused. After each row of `out`, on_row(y).
+template <typename T, typename OnRow>
+void convolve(const Depthwise<T>& depthwise, const Pointwise<T>& pointwise, const Padded<T>& in,
+              const Vec<T>* taps, const Vec<T>* matrix, int64_t height, int64_t width,
+              Vec<T>* between, Vec<T>* row, Vec<T>* out, OnRow&& on_row) {
+  const int64_t plane = height * width;
+  for (int64_t y = 0; y < height; ++y) {
+    Vec<T>* middle = between ? between + y * width : row;
+    const int64_t group = between ? plane : width;
+    for (int64_t g = 0; g < in.groups; ++g) {
+      depthwise.row(in.first_tap(g, depthwise.padding()) + y * depthwise.stride * in.pitch(),
+                    in.pitch(), taps + g * depthwise.taps(), middle + g * group, width, false);
+    }
+    pointwise.row(middle, group, matrix, out + y * width, plane, width);
+    on_row(y);
+  }
+}
+
+// Every second pixel of a rectified state, from (first, first): what one half of a factorised
+// reduction sees. Beyond an odd edge lie zeros.
+template <typename T>
+void every_second(const Padded<T>& in, int64_t first, int64_t y, int64_t width, Vec<T>* row) {
+  for (int64_t g = 0; g < in.groups; ++g) {
+    const Vec<T>* from = in.row(g, 2 * y + first) + first;
+    for (int64_t x = 0; x < width; ++x) row[g * width + x] = from[2 * x];
+  }
+}
+
+// The stride-2 skip connection before its normalisation.
+template <typename T, typename OnRow>
+void reduce(const Pointwise<T>& pointwise, const Padded<T>& in, const Vec<T>* even,
+            const Vec<T>* odd, int64_t height, int64_t width, Vec<T>* row, Vec<T>* out,
+            OnRow&& on_row) {
+  for (int64_t y = 0; y < height; ++y) {
+    every_second(in, 0, y, width, row);
+    pointwise.row(row, width, even, out + y * width, height * width, width);
+    every_second(in, 1, y, width, row);
+    pointwise.row(row, width, odd, out + y * width, height * width, width, true);
+    on_row(y);
+  }
+}
+
+// Sizes of a cell and of its parts, shared by both directions.
+template <typename T>
+struct Geometry {
+  CellShape shape;
+  Layout lanes;         // of the mixed channels
+  Layout wide;          // of all channels of a state, one image a block
+  Chunks chunks;
+  int64_t height, width, pixels;                 // of the inputs' states
+  int64_t node_height, node_width, node_pixels;
+
+  explicit Geometry(const CellShape& s)
+      : shape(s), lanes(s.images, s.mixed()), wide(s.images, std::max(s.channels, int64_t(kLanes))),
+        chunks(lanes.blocks), height(s.height), width(s.width), pixels(height * width),
+        node_height(s.node_height()), node_width(s.node_width()),
+        node_pixels(node_height * node_width) {
+    wide.channels = s.channels;
+  }
+  int64_t state_height(int s) const { return s < 2 ? height : node_height; }
+  int64_t state_width(int s) const { return s < 2 ? width : node_width; }
+  int64_t state_pixels(int s) const { return s < 2 ? pixels : node_pixels; }
+  int64_t stride(int s) const { return s < 2 && shape.reduction ? 2 : 1; }
+  int64_t bypassing() const { return shape.channels - shape.mixed(); }
+  // Vecs of the planes of one state or node over the whole batch.
+  int64_t state_planes(int s) const { return lanes.blocks * lanes.groups * state_pixels(s); }
+  int64_t node_planes() const { return lanes.blocks * lanes.groups * node_pixels; }
+  int64_t per_block(int64_t pixels) const { return lanes.groups * pixels; }
+  Padded<T> rectified(Vec<T>* at, int s) const {
+    return {at, lanes.groups, state_height(s), state_width(s), kPadding};
+  }
+  Padded<T> between(Vec<T>* at) const {  // the input of a second convolution
+    return {at, lanes.groups, node_height, node_width, 2};
+  }
+  int64_t first_image(int64_t chunk) const { return chunks.begin(chunk) * lanes.together; }
+  int64_t last_image(int64_t chunk) const {
+    return std::min(shape.images, chunks.end(chunk) * lanes.together);
+  }
+};
+
+// Does any edge that leaves a state pool it?
+inline bool pool_alive(const bool (&live)[kEdges][kOperations], int source, int average) {
+  for (int target = std::max(2, source + 1); target < kStates; ++target) {
+    if (live[edge_of(source, target)][kMaxPool + average]) return true;
+  }
+  return false;
+}
+inline bool pools_alive(const bool (&live)[kEdges][kOperations], int source) {
+  return pool_alive(live, source, 0) || pool_alive(live, source, 1);
+}
+inline bool any_first(const bool* live) {
+  return live[kSep3] || live[kSep5] || live[kDil3] || live[kDil5];
+}
+
+}  // namespace nas::NAS_ISA

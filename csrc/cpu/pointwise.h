@@ -1,0 +1,192 @@
+// Pointwise (1x1) convolutions: products of a row of pixels with a small matrix.
+//
+// Blocked by hand, since at 4 to 64 channels a BLAS call spends its time around the product. Two
+// layouts of the lanes (see lanes.h): sixteen channels of one pixel, where an input channel is a
+// scalar spread over the outputs' lanes; or 16 / Group images of Group channels each, where it is
+// spread within each image's lanes.
+
+#pragma once
+
+#include <type_traits>
+
+#include "depthwise.h"
+#include "vector.h"
+
+namespace nas::NAS_ISA {
+
+// Where scalar channels lie: channel i of pixel x is at[x * pixel + i / 16 * group + i % 16].
+template <typename T>
+struct Channels {
+  const T* at;
+  int64_t pixel, group;
+  int64_t count;
+
+  NAS_INLINE const T* of(int64_t x, int64_t first) const {
+    return at + x * pixel + first / kLanes * group + first % kLanes;
+  }
+};
+
+// Channels of a plane set [group][pixel] of Vec.
+template <typename T>
+Channels<T> plane_channels(const Vec<T>* planes, int64_t plane, int64_t groups) {
+  return {reinterpret_cast<const T*>(planes), kLanes, plane * kLanes, groups * kLanes};
+}
+
+template <int Count, int Outs, typename T>
+NAS_INLINE void product_block(const Channels<T>& in, int64_t x, const Vec<T>* weights, Vec<T>* out,
+                              int64_t out_group, bool accumulate) {
+  Vec<T> sum[Outs][Count];
+  NAS_UNROLL for (int o = 0; o < Outs; ++o) {
+    NAS_UNROLL for (int p = 0; p < Count; ++p) {
+      sum[o][p] = accumulate ? out[o * out_group + x + p] : Vec<T>::zero();
+    }
+  }
+  for (int64_t first = 0; first < in.count; first += kLanes) {
+    const T* from = in.of(x, first);
+    const int64_t last = in.count - first < kLanes ? in.count - first : kLanes;
+    for (int64_t i = 0; i < last; ++i) {
+      const Vec<T>* row = weights + first + i;
+      NAS_UNROLL for (int p = 0; p < Count; ++p) {
+        const Vec<T> value = Vec<T>::splat(from[p * in.pixel + i]);
+        NAS_UNROLL for (int o = 0; o < Outs; ++o) sum[o][p] += value * row[o * in.count];
+      }
+    }
+  }
+  NAS_UNROLL for (int o = 0; o < Outs; ++o) {
+    NAS_UNROLL for (int p = 0; p < Count; ++p) out[o * out_group + x + p] = sum[o][p];
+  }
+}
+
+// out[o][x] (+)= sum over i of in(x, i) * weights[o][i]; weights [group of outputs][input] of Vec.
+template <typename T>
+void product_row(const Channels<T>& in, const Vec<T>* weights, int64_t groups_out, Vec<T>* out,
+                 int64_t out_group, int64_t width, bool accumulate = false) {
+  int64_t o = 0;
+  for (; kManyRegisters && o + 2 <= groups_out; o += 2) {
+    for_columns<kPixels>(0, width, [&](auto block, int64_t x) {
+      constexpr int count = decltype(block)::value;
+      product_block<count, 2>(in, x, weights + o * in.count, out + o * out_group, out_group,
+                              accumulate);
+    });
+  }
+  for (; o < groups_out; ++o) {
+    for_columns<kPixels>(0, width, [&](auto block, int64_t x) {
+      constexpr int count = decltype(block)::value;
+      product_block<count, 1>(in, x, weights + o * in.count, out + o * out_group, out_group,
+                              accumulate);
+    });
+  }
+}
+
+// total[o][i] += sum over x of in(x, i) * gradient[o][x]
+template <typename T>
+void product_weight_gradient(const Channels<T>& in, const Vec<T>* gradient, int64_t groups_out,
+                             int64_t gradient_group, int64_t pixels, Vec<T>* total) {
+  constexpr int kRows = kManyRegisters ? 16 : NAS_VECTOR_BYTES == 32 ? 4 : 2;
+  for (int64_t o = 0; o < groups_out; ++o) {
+    const Vec<T>* g = gradient + o * gradient_group;
+    for (int64_t group = 0; group < in.count; group += kLanes) {
+      const int64_t last = in.count - group < kLanes ? in.count - group : kLanes;
+      for_columns<kRows>(0, last, [&](auto block, int64_t i) {
+        constexpr int count = decltype(block)::value;
+        const T* from = in.of(0, group) + i;
+        Vec<T> sum[count];
+        NAS_UNROLL for (int k = 0; k < count; ++k) sum[k] = Vec<T>::zero();
+        for (int64_t x = 0; x < pixels; ++x) {
+          const Vec<T> value = g[x];
+          NAS_UNROLL for (int k = 0; k < count; ++k) {
+            sum[k] += Vec<T>::splat(from[x * in.pixel + k]) * value;
+          }
+        }
+        Vec<T>* to = total + o * in.count + group + i;
+        NAS_UNROLL for (int k = 0; k < count; ++k) to[k] += sum[k];
+      });
+    }
+  }
+}
+
+// The same two with 16 / Group images in the lanes; weights and total [input] of Vec.
+template <int Group, int Count, typename T, std::size_t... I>
+NAS_INLINE void lane_product_block(const Vec<T>* in, const Vec<T>* weights, Vec<T>* out,
+                                   bool accumulate, std::index_sequence<I...>) {
+  Vec<T> sum[Count];
+  NAS_UNROLL for (int p = 0; p < Count; ++p) sum[p] = accumulate ? out[p] : Vec<T>::zero();
+  NAS_UNROLL for (int p = 0; p < Count; ++p) {
+    const Vec<T> value = in[p];
+    ((sum[p] += spread<Group, I>(value) * weights[I]), ...);
+  }
+  NAS_UNROLL for (int p = 0; p < Count; ++p) out[p] = sum[p];
+}
+
+template <int Group, typename T>
+void lane_product_row(const Vec<T>* in, const Vec<T>* weights, Vec<T>* out, int64_t width,
+                      bool accumulate) {
+  for_columns<kManyRegisters ? 8 : 2>(0, width, [&](auto block, int64_t x) {
+    constexpr int count = decltype(block)::value;
+    lane_product_block<Group, count>(in + x, weights, out + x, accumulate,
+                                     std::make_index_sequence<Group>{});
+  });
+}
+
+template <int Group, typename T, std::size_t... I>
+void lane_product_weight_gradient(const Vec<T>* in, const Vec<T>* gradient, int64_t pixels,
+                                  Vec<T>* total, std::index_sequence<I...>) {
+  Vec<T> even[Group] = {((void)I, Vec<T>::zero())...};
+  Vec<T> odd[Group] = {((void)I, Vec<T>::zero())...};
+  int64_t x = 0;
+  for (; x + 2 <= pixels; x += 2) {
+    const Vec<T> first = in[x], second = in[x + 1], g = gradient[x], h = gradient[x + 1];
+    ((even[I] += spread<Group, I>(first) * g), ...);
+    ((odd[I] += spread<Group, I>(second) * h), ...);
+  }
+  if (x < pixels) ((even[I] += spread<Group, I>(in[x]) * gradient[x]), ...);
+  ((total[I] += even[I] + odd[I]), ...);
+}
+
+// The pointwise convolutions of the mixed operation in either layout of the lanes.
+template <typename T>
+struct Pointwise {
+  int64_t group;   // channels in the lanes of one image: 16, or a smaller power of two
+  int64_t groups;  // Vecs that hold the channels of a pixel
+
+  int64_t weights() const { return group == kLanes ? groups * groups * kLanes : group; }  // Vecs
+
+  // in, out: [group][.] of Vec, groups `in_group` and `out_group` Vecs apart.
+  void row(const Vec<T>* in, int64_t in_group, const Vec<T>* weights, Vec<T>* out,
+           int64_t out_group, int64_t width, bool accumulate = false) const {
+    with_group([&](auto lanes) {
+      if constexpr (lanes == kLanes) {
+        product_row(plane_channels(in, in_group, groups), weights, groups, out, out_group, width,
+                    accumulate);
+      } else {
+        lane_product_row<lanes>(in, weights, out, width, accumulate);
+      }
+    });
+  }
+  void weight_gradient(const Vec<T>* in, int64_t in_group, const Vec<T>* gradient,
+                       int64_t gradient_group, int64_t pixels, Vec<T>* total) const {
+    with_group([&](auto lanes) {
+      if constexpr (lanes == kLanes) {
+        product_weight_gradient(plane_channels(in, in_group, groups), gradient, groups,
+                                gradient_group, pixels, total);
+      } else {
+        lane_product_weight_gradient<lanes>(in, gradient, pixels, total,
+                                            std::make_index_sequence<lanes>{});
+      }
+    });
+  }
+
+ private:
+  template <typename F>
+  void with_group(F&& f) const {
+    switch (group) {
+      case 1: return f(std::integral_constant<int, 1>{});
+      case 2: return f(std::integral_constant<int, 2>{});
+      case 4: return f(std::integral_constant<int, 4>{});
+      case 8: return f(std::integral_constant<int, 8>{});
+      default: return f(std::integral_constant<int, kLanes>{});
+    }
+  }
+};
+
+}  // namespace nas::NAS_ISA

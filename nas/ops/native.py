@@ -1,0 +1,132 @@
+"""The supernet's cell in C++ (csrc/): one call a cell and direction.
+
+:func:`mixed_cell` has the signature and the numbers of its eager twin in :mod:`nas.ops.mixed`. It
+keeps the states and the statistics of a cell for the backward pass and computes the rest again,
+which is faster than reading it back from memory, and pays for no gradient that nobody asks for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nas.ops.mixed import EDGES, NODES, CellPlan, Statistics
+
+MOMENTUM = 0.1  # of the running statistics, torch's default
+SIZES = ("channels", "partial", "reduction", "previous_reduction")
+
+
+def mixed_cell(
+    plan: CellPlan,
+    before_previous: Tensor,
+    previous: Tensor,
+    weights: Tensor,
+    statistics: Statistics,
+    operations: Tensor,
+    edges: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """One cell of the supernet; see :func:`nas.ops.mixed.mixed_cell`."""
+    channels_last = torch.channels_last
+    output, _, mean, _, variance = torch.ops.nas_transfer.mixed_cell(
+        before_previous.contiguous(memory_format=channels_last),
+        previous.contiguous(memory_format=channels_last),
+        weights,
+        statistics.mean,
+        statistics.variance,
+        operations if edges is None else operations * edges.unsqueeze(1),
+        operations.new_ones(len(EDGES)) if edges is None else edges,
+        active,
+        *(getattr(plan, size) for size in SIZES),
+        statistics.training,
+    )
+    if statistics.training and statistics.update:
+        # .data, since cells share one vector of statistics and the stem's backward pass, which does
+        # not read it, checks that nobody has written to it since
+        statistics.mean.data.lerp_(mean, MOMENTUM)
+        statistics.variance.data.lerp_(variance, MOMENTUM)
+    return output
+
+
+def register() -> None:
+    """Tell PyTorch the shapes and the gradients of the operators, once the library is loaded."""
+    torch.library.register_fake("nas_transfer::mixed_cell", _shapes)
+    torch.library.register_fake("nas_transfer::mixed_cell_backward", _gradient_shapes)
+    torch.library.register_autograd(
+        "nas_transfer::mixed_cell", _backward, setup_context=_setup_context
+    )
+
+
+def _shapes(
+    before: Tensor,
+    previous: Tensor,
+    weights: Tensor,
+    running_mean: Tensor,
+    running_variance: Tensor,
+    operations: Tensor,
+    bypass: Tensor,
+    active: Tensor | None,
+    channels: int,
+    partial: int,
+    reduction: bool,
+    previous_reduction: bool,
+    training: bool,
+) -> tuple[Tensor, ...]:
+    images, _, height, width = previous.shape
+    nodes = [(size + 1) // 2 if reduction else size for size in (height, width)]
+    output = previous.new_empty(images, NODES * channels, *nodes)
+    return (
+        output.to(memory_format=torch.channels_last),
+        previous.new_empty(2, images, height, width, channels),
+        *(torch.empty_like(running_mean) for _ in range(3)),
+    )
+
+
+def _gradient_shapes(
+    gradient: Tensor,
+    before: Tensor,
+    previous: Tensor,
+    weights: Tensor,
+    operations: Tensor,
+    bypass: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    need_before, need_previous, need_weights, need_mixing = rest[-4:]
+    needed = (need_before, need_previous, need_weights, need_mixing, need_mixing)
+    inputs = (before, previous, weights, operations, bypass)
+    return tuple(
+        torch.empty_like(x) if need else x.new_empty(0)
+        for x, need in zip(inputs, needed, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    before, previous, weights, _, _, operations, bypass, active, *sizes = inputs
+    nodes, states, mean, deviation, variance = output
+    ctx.mark_non_differentiable(states, mean, deviation, variance)
+    ctx.save_for_backward(
+        before, previous, weights, operations, bypass, active, nodes, states, mean, deviation
+    )
+    ctx.sizes = sizes
+
+
+def _backward(ctx: Any, gradient: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    need_before, need_previous, need_weights, _, _, need_operations, need_bypass = (
+        ctx.needs_input_grad[:7]
+    )
+    gradients = torch.ops.nas_transfer.mixed_cell_backward(
+        gradient.contiguous(memory_format=torch.channels_last),
+        *ctx.saved_tensors,
+        *ctx.sizes,
+        need_before,
+        need_previous,
+        need_weights,
+        need_operations or need_bypass,
+    )
+    needed = (need_before, need_previous, need_weights, need_operations, need_bypass)
+    before, previous, weights, operations, bypass = (
+        value if need else None for value, need in zip(gradients, needed, strict=True)
+    )
+    return before, previous, weights, None, None, operations, bypass, *(None,) * 6
