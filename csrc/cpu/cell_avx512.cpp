@@ -1,0 +1,2 @@
+#define NAS_TRANSFER_TARGET avx512
+#include "cpu/cell_kernels.h"
