@@ -289,7 +289,10 @@ def compile_extension(plan: Plan, folder: Path, keep_open: Sequence[int] = ()) -
     if done.returncode:
         lines = log.read_text(errors="replace").splitlines()
         error = next((line for line in lines if "error:" in line), (lines or ["?"])[-1])
-        raise NativeError(f"the compiler stopped: {error.strip()} (all of it in {log})")
+        raise NativeError(
+            f"the compiler stopped: {error.strip()} (all of it in {log}); "
+            "NAS_TRANSFER_NO_EXTENSION=1 stops trying"
+        )
 
 
 def write_stamp(folder: Path, plan: Plan) -> None:

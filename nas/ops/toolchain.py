@@ -49,13 +49,13 @@ def find_compiler() -> Compiler:
             "there is no C++ compiler: install one (Debian, Ubuntu: apt install g++; macOS: "
             "xcode-select --install) or name it in CXX"
         )
-    command = tuple(shlex.split(wish or str(found)))
-    ask = [*command, "-dM", "-E", "-x", "c++", os.devnull]
     try:
+        command = tuple(shlex.split(wish or str(found)))
+        ask = [*command, "-dM", "-E", "-x", "c++", os.devnull]
         answer = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         raise NativeError(
-            f"the C++ compiler '{shlex.join(command)}' does not run ({_last_line(error)}): "
+            f"the C++ compiler '{wish or found}' does not run ({_last_line(error)}): "
             "set CXX to one that does"
         ) from error
     macros = dict(line.split(" ", 2)[1:] for line in answer.splitlines() if line.count(" ") > 1)
@@ -125,7 +125,7 @@ def find_cuda(sources: Path) -> Cuda:
     else:
         return Cuda(home, "a GPU is here")
     if wish == "1":
-        raise NativeError(f"FORCE_CUDA=1, but there is {lack}")
+        raise NativeError(f"FORCE_CUDA=1 cannot be met: {lack}")
     return Cuda(None, lack)
 
 
@@ -173,7 +173,8 @@ def cuda_architectures() -> tuple[str, ...]:
     return tuple(flags)
 
 
-def _last_line(error: OSError | subprocess.CalledProcessError) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return ((error.stderr or "").strip().splitlines() or [f"exit status {error.returncode}"])[-1]
+def _last_line(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = (error.stderr or "").strip().splitlines()
+        return (lines or [f"exit status {error.returncode}"])[-1]
+    return getattr(error, "strerror", None) or str(error)

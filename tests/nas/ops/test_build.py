@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -221,8 +222,10 @@ def objects() -> list[Path]:
     except NativeError as error:
         pytest.skip(f"{error}; make builds it")
     tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-    found = sorted((ROOT / "build" / f"temp.{tag}" / "native").rglob("*.o"))
-    if not found or shutil.which("objdump") is None or GCC.x86 != ("x86" in tag):
+    folder = ROOT / "build" / f"temp.{tag}" / "native"
+    names = [path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*.cpp")]
+    found = [folder / f"{name}.o" for name in names if (folder / f"{name}.o").exists()]
+    if not found or shutil.which("objdump") is None or "x86" not in tag:
         pytest.skip("needs the objects of an x86-64 build in place, and objdump")
     return found
 
@@ -265,9 +268,10 @@ def test_builds_of_the_kernels_share_no_function() -> None:
 # What is missing
 
 
-def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "/nonexistent/c++ -m64")
-    with pytest.raises(NativeError, match=r"'/nonexistent/c\+\+ -m64' does not run .* set CXX"):
+@pytest.mark.parametrize("value", ["/nonexistent/c++ -m64", "false", "an 'open quote", " "])
+def test_unusable_compiler_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", value)
+    with pytest.raises(NativeError, match=f"'{re.escape(value)}' does not run .*: set CXX"):
         toolchain.find_compiler()
 
 
@@ -315,7 +319,7 @@ def test_cuda_is_decided_aloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert toolchain.find_cuda(tmp_path) == Cuda(None, "FORCE_CUDA=0")
     monkeypatch.setenv("FORCE_CUDA", "1")
     monkeypatch.setattr(toolchain, "_cuda_home", lambda: None)
-    with pytest.raises(NativeError, match="FORCE_CUDA=1, but there is no CUDA toolkit"):
+    with pytest.raises(NativeError, match="FORCE_CUDA=1 cannot be met: no CUDA toolkit"):
         toolchain.find_cuda(tmp_path)
 
 
