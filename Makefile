@@ -6,29 +6,36 @@ VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-SOURCES := nas pipeline tests benchmarks
+NATIVE := nas/_native.json
+SOURCES := nas pipeline tests benchmarks setup.py
+SANITIZED := NAS_TRANSFER_SANITIZE=1 TORCH_EXTENSIONS_DIR=build/sanitize
 
 .DEFAULT_GOAL := help
-.PHONY: help setup transfer test lint ui upgrade clean
+.PHONY: help setup transfer test lint sanitize ui upgrade clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-setup: $(READY)  ## make the virtual environment
+setup: $(READY) $(NATIVE)  ## make the virtual environment, compile the kernels
 
 $(READY): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@echo "setting up $(VENV); PyTorch is large, this takes some minutes once"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	NAS_TRANSFER_NO_EXTENSION=1 \
+	  $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-transfer: $(READY)  ## run the main job on embedded data
+# With the torch that was just installed. No compiler is no failure: it says so, and tries next time.
+$(NATIVE): $(READY) setup.py nas/ops/recipe.py $(shell find csrc)
+	$(BIN)/python setup.py -q build_ext --inplace
+
+transfer: setup  ## run the main job on embedded data
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mlflow run . -e transfer \
 	  --env-manager local --experiment-name nas-transfer $(ARGUMENTS)
 
-test: lint  ## lint, type-check and test
+test: lint setup  ## lint, type-check and test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)
@@ -36,14 +43,21 @@ lint: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy -p nas -p pipeline
 
+# libstdc++ is loaded first too, for the sanitizer looks up its throw before torch brings it.
+sanitize: $(READY)  ## run the kernel tests under the address and undefined-behaviour sanitizers
+	$(SANITIZED) $(BIN)/python -c 'from nas.ops.build import compiled; compiled()'
+	$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(BIN)/python -m pytest -n 0 tests/nas/ops --ignore tests/nas/ops/test_build.py
+
 ui: $(READY)  ## open the MLflow UI on the local store
 	$(BIN)/mlflow ui
 
 upgrade: $(READY)  ## renew constraints.txt with the newest versions that fit
-	$(BIN)/python -m pip install --quiet --upgrade -e '.[dev]'
+	NAS_TRANSFER_NO_EXTENSION=1 $(BIN)/python -m pip install --quiet --upgrade -e '.[dev]'
 	{ echo "# Versions that the project is tested with, for pip's -c; make upgrade renews them."; \
 	  $(BIN)/python -m pip freeze --exclude-editable | grep == | grep -viE '^(nvidia|cuda|triton)'; \
 	} > constraints.txt
 
-clean:  ## remove the virtual environment
-	rm -rf $(VENV)
+clean:  ## remove the virtual environment and what was compiled
+	rm -rf $(VENV) build nas/_native*

@@ -1,9 +1,12 @@
 #include "workspace.h"
 
 #include <cstdlib>
-#include <sys/mman.h>
 #include <memory>
 #include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace nas {
 namespace {
@@ -17,12 +20,15 @@ thread_local int64_t size = 0;
 }  // namespace
 
 void* workspace(int64_t bytes) {
+  constexpr int64_t kPage = 2 << 20;  // large pages spare the processor most address translations
   if (bytes > size) {
     release_workspace();
-    const int64_t rounded = (bytes + 2097151) / 2097152 * 2097152;
-    space.reset(std::aligned_alloc(2097152, static_cast<std::size_t>(rounded)));
+    const int64_t rounded = (bytes + kPage - 1) / kPage * kPage;
+    space.reset(std::aligned_alloc(kPage, static_cast<std::size_t>(rounded)));
     if (!space) throw std::bad_alloc();
-    madvise(space.get(), rounded, MADV_HUGEPAGE);
+#if defined(__linux__)
+    madvise(space.get(), static_cast<std::size_t>(rounded), MADV_HUGEPAGE);
+#endif
     size = rounded;
   }
   return space.get();

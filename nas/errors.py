@@ -34,6 +34,10 @@ class TrackingError(NASError):
     """The tracking server or the model registry does not do what was asked."""
 
 
+class NativeError(NASError):
+    """The native extension cannot be found, compiled or loaded."""
+
+
 class UnknownNameError(NASError):
     """A name that is in no table; the message suggests the nearest one."""
 
