@@ -34,8 +34,10 @@ from pipeline.networks import RANDOM, TRANSFERRED, Trained, train_beside_random
 from pipeline.registry import LINEAGE, Registered, as_it_stands, register
 from pipeline.settings import CompareSettings
 from pipeline.specification import ARCHITECTURE_FILE
-from pipeline.steps import StepRun, run_step
+from pipeline.steps import StepRun, run_step, step_digest
 from pipeline.tracking import RunLog
+
+REGISTER = "register"  # the step that makes a version
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,10 @@ def _log_pictures(
 
 
 def register_step(job: Job, task: ImageTask, comparison: Comparison, name: str) -> Registered:
-    """Register the transferred network of the best validation accuracy, once."""
+    """Register the transferred network of the best validation accuracy, once.
+
+    A version that a killed attempt left behind is completed, unless ``--fresh`` forbids that.
+    """
     best = comparison.best
     architecture = best.architecture
     job.log.log_json(architecture.to_json(), ARCHITECTURE_FILE)
@@ -154,20 +159,21 @@ def register_step(job: Job, task: ImageTask, comparison: Comparison, name: str) 
     )
     lineage = {key: value for key, value in job.log.tags().items() if key.startswith(LINEAGE)}
 
-    def body(step: StepRun) -> Mapping[str, Any]:
-        registered = _register(step.log, task, comparison, name)
-        return asdict(registered)
-
     inputs = {
         "name": name,
         "network": best.digest,
         "accuracy": comparison.accuracy.mean,
         "random_accuracy": comparison.random_accuracy.mean,
     }
+    digest = step_digest(REGISTER, inputs)
+
+    def body(step: StepRun) -> Mapping[str, Any]:
+        fresh = job.machine.fresh
+        return asdict(_register(step.log, task, comparison, name, digest, fresh))
 
     def run(fresh: bool) -> Registered | None:
         outcome = run_step(
-            "register",
+            REGISTER,
             f"register {name}",
             inputs,
             body,
@@ -192,7 +198,9 @@ def register_step(job: Job, task: ImageTask, comparison: Comparison, name: str) 
     return registered
 
 
-def _register(log: RunLog, task: ImageTask, comparison: Comparison, name: str) -> Registered:
+def _register(
+    log: RunLog, task: ImageTask, comparison: Comparison, name: str, step: str, fresh: bool
+) -> Registered:
     best, accuracy = comparison.best, comparison.accuracy
     random_accuracy = comparison.random_accuracy
     skeleton = best.architecture.skeleton
@@ -201,12 +209,15 @@ def _register(log: RunLog, task: ImageTask, comparison: Comparison, name: str) -
         name,
         best.load().network,
         task,
+        step=step,
+        fresh=fresh,
         sample=task.examples.permute(0, 2, 3, 1).contiguous().numpy(),
         description=(
             f"A {best.architecture.space} network of {skeleton.cells} cells and "
             f"{skeleton.channels} channels for {task.name}: test accuracy {accuracy.mean:.2%} "
             f"over {accuracy.n} seeds, random networks {random_accuracy.mean:.2%}. Takes raw "
-            "uint8 images [N, H, W, C], returns probabilities [N, classes]."
+            "uint8 images [N, H, W, C] of any height and width, returns probabilities "
+            "[N, classes]."
         ),
         tags={
             "test_accuracy": comparison.best_accuracy,

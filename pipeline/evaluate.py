@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from pipeline.console import counting, say
 from pipeline.figures import draw_confusion
 from pipeline.job import Job, Machine, open_job
 from pipeline.networks import Trained
-from pipeline.registry import resolve
+from pipeline.registry import RegisteredNetwork, resolve
 from pipeline.settings import DataSettings
 from pipeline.steps import StepRun, run_step
 
 BATCH = 256
+RAW_IMAGES = 32  # read together: photographs may have many megabytes each
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ class EvaluateSettings:
 
 
 def evaluate(settings: EvaluateSettings, machine: Machine) -> Interval:
-    """Test a registered model, as anyone would use it, on the test split of ``target``."""
+    """Test a registered model, as anyone would use it, on the test split of ``target``.
+
+    It is given the images as they came, unless ``target`` asks for a size.
+    """
     with open_job(
         f"evaluate {settings.model}",
         machine,
@@ -116,12 +120,10 @@ def evaluate(settings: EvaluateSettings, machine: Machine) -> Interval:
         {"target": settings.target.name},
     ) as job:
         model = resolve(job.log.tracker, settings.model)
-        height, width, _ = model.shape
-        own_size = settings.target.image_size or (height if height == width else None)
-        task = job.load(replace(settings.target, image_size=own_size))
-        _check_fit(model.classes, model.shape, task)
+        task = job.load(settings.target)
+        _check_fit(model, task)
         job.log.log_dataset(task, "target")
-        predictions = _predict(model, task)
+        predictions = _predict(model, task, as_they_came=settings.target.image_size is None)
         labels = task.labels[task.splits.test]
         correct = int((predictions == labels).sum())
         interval = proportion_interval(correct, len(labels))
@@ -142,22 +144,28 @@ def evaluate(settings: EvaluateSettings, machine: Machine) -> Interval:
         return interval
 
 
-def _predict(model: Any, task: ImageTask) -> Tensor:
-    predictions = [
-        model.predict(task.images.gather(chunk).permute(0, 2, 3, 1).numpy()).argmax(axis=1)
-        for chunk in task.splits.test.split(BATCH)
-    ]
+def _predict(model: RegisteredNetwork, task: ImageTask, *, as_they_came: bool) -> Tensor:
+    """The class numbers that ``model`` gives the test split, int64 [N]."""
+    read = task.images.originals if as_they_came else task.images.gather
+    test = task.splits.test
+    predictions = []
+    with counting(f"test {model.name} on {task.name}") as progress:
+        for start in range(0, len(test), RAW_IMAGES):
+            progress("images tested", start, len(test))
+            raw = read(test[start : start + RAW_IMAGES])
+            images = [image.permute(1, 2, 0).numpy() for image in raw]
+            predictions.append(model.predict(images).argmax(axis=1))
     return torch.from_numpy(np.concatenate(predictions))
 
 
-def _check_fit(classes: tuple[str, ...], shape: tuple[int, int, int], task: ImageTask) -> None:
-    wanted = (task.shape.height, task.shape.width, task.shape.channels)
-    if classes != task.classes:
+def _check_fit(model: RegisteredNetwork, task: ImageTask) -> None:
+    if model.classes != task.classes:
         raise ConfigurationError(
-            f"the model knows the classes {', '.join(classes[:5])}..., {task.name} has "
+            f"the model knows the classes {', '.join(model.classes[:5])}..., {task.name} has "
             f"{', '.join(task.classes[:5])}...: evaluate it on the data it was trained for"
         )
-    if shape != wanted:
+    if model.channels != task.shape.channels:
         raise ConfigurationError(
-            f"the model takes images of height, width, channels {shape}, {task.name} has {wanted}"
+            f"the model takes images of {model.channels} channel(s), those of {task.name} have "
+            f"{task.shape.channels}: evaluate it on the data it was trained for"
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nas.errors import TrackingError
 from pipeline.inputs import DatasetSummary
-from pipeline.registry import LINEAGE, find_version
+from pipeline.registry import LINEAGE, find_version, logged_model_id
 from pipeline.tracking import RunSummary, Tracker
 
 REUSED = "reused."  # a parent's tags that name the runs it took over from earlier jobs
@@ -52,7 +52,7 @@ def lineage(tracker: Tracker, uri: str) -> Lineage:
     return Lineage(
         name=version.name,
         version=str(version.version),
-        model_id=(version.source or "").rpartition("/")[2],
+        model_id=logged_model_id(version),
         run=run,
         job=job,
         steps=tuple(summary for run_id, summary in found.items() if run_id != job.run_id),

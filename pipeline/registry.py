@@ -1,36 +1,29 @@
-"""Everything the project says to the MLflow model registry.
-
-A network is registered as an exported program with its preprocessing inside: raw images in,
-probabilities out. MLflow and torch are enough to use it; nothing in it is pickled code.
-"""
+"""Everything the project says to the MLflow model registry."""
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow.pyfunc
-import mlflow.pytorch
 import numpy as np
-import torch
-from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.models import Model, ModelSignature
+from mlflow.entities import LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel
-from mlflow.types import Schema, TensorSpec
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
-from torch import Tensor, nn
+from torch import nn
 
-from nas.data.scaling import scale_to_cover
 from nas.errors import ConfigurationError, TrackingError
+from pipeline.serving import save_model, serve
 from pipeline.tracking import RunLog, Tracker
 
 if TYPE_CHECKING:
@@ -38,42 +31,13 @@ if TYPE_CHECKING:
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 ACCURACY = "validation_accuracy"  # the tag that champions are compared by
+DATA = "dataset_digest"  # the tag that must be equal for that: of pixels, labels and splits
+STEP = "step.digest"  # the tag that names the step that registered the version
 LINEAGE = "lineage."  # prefix of the tags that lead back to where a network came from
-PREDICTION_BATCH = 256
+PREDICTION_IMAGES, PREDICTION_BYTES = 256, 2**24  # in one batch, at most
+NAMES_A_PAGE, NAMES_SHOWN = 1000, 10
+UNKNOWN_MODEL = "RESOURCE_DOES_NOT_EXIST"  # how MLflow says that it has no model of some name
 MODEL_URI = re.compile(r"(?:models:/)?(?P<name>[^/:@]+)(?:@(?P<alias>.+)|/(?P<version>\d+))?")
-
-
-class ServedNetwork(nn.Module):
-    """A network with its preprocessing: uint8 [N, H, W, C] -> probabilities float32 [N, classes].
-
-    Args:
-        network: maps normalised float32 [N, C, height, width] to logits [N, classes].
-        mean: per channel, of pixels scaled to 0..1.
-        std: likewise.
-        size: (height, width) that the network was trained on; other images are scaled to it.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self,
-        network: nn.Module,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        size: tuple[int, int],
-    ) -> None:
-        super().__init__()
-        self.network = network
-        self.size = size
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        pixels = images.permute(0, 3, 1, 2).to(torch.float32)
-        if pixels.shape[2:] != self.size:
-            pixels = scale_to_cover(pixels, *self.size)
-        return torch.softmax(self.network((pixels / 255 - self.mean) / self.std), dim=1)
 
 
 @dataclass(frozen=True)
@@ -93,7 +57,7 @@ class RegisteredNetwork:
 
     Attributes:
         aliases: such as "champion".
-        shape: height, width and channels of the images it takes.
+        channels: of the images it takes, whose height and width are any.
     """
 
     name: str
@@ -103,24 +67,37 @@ class RegisteredNetwork:
     tags: Mapping[str, str]
     run_id: str
     classes: tuple[str, ...]
-    shape: tuple[int, int, int]
+    channels: int
     model: PyFuncModel
 
-    def predict(self, images: np.ndarray) -> np.ndarray:
-        """Probabilities float32 [N, classes] of uint8 images [N, H, W, C], for N of 1 and more.
+    def predict(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+        """Probabilities float32 [N, classes] of N images, uint8 [H, W, C] each of its own size.
+
+        An array [N, H, W, C] will do as well. Images of one size share batches.
 
         Raises:
-            ConfigurationError: the images have another shape or type.
+            ConfigurationError: an image has another shape or type.
         """
-        if images.dtype != np.uint8 or images.shape[1:] != self.shape or not len(images):
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for number, image in enumerate(images):
+            self._check(image)
+            alike[image.shape].append(number)
+        probabilities = np.empty((len(images), len(self.classes)), dtype=np.float32)
+        for shape, numbers in alike.items():
+            size = max(1, min(PREDICTION_IMAGES, PREDICTION_BYTES // prod(shape)))
+            for start in range(0, len(numbers), size):
+                batch = numbers[start : start + size]
+                stacked = np.stack([images[number] for number in batch])
+                probabilities[batch] = self.model.predict(stacked)
+        return probabilities
+
+    def _check(self, image: np.ndarray) -> None:
+        of_its_channels = image.ndim == 3 and image.shape[2] == self.channels
+        if image.dtype != np.uint8 or not of_its_channels or not image.size:
             raise ConfigurationError(
-                f"'{self.name}' takes uint8 images of shape {('N', *self.shape)} with N at least "
-                f"1, not {images.dtype} of shape {images.shape}"
+                f"'{self.name}' takes uint8 images [H, W, {self.channels}] of any height and "
+                f"width from 1 pixel on, not {image.dtype} of shape {image.shape}"
             )
-        starts = range(0, len(images), PREDICTION_BATCH)
-        return np.concatenate(
-            [self.model.predict(images[start : start + PREDICTION_BATCH]) for start in starts]
-        )
 
 
 def register(
@@ -129,50 +106,55 @@ def register(
     network: nn.Module,
     task: ImageTask,
     *,
+    step: str,
     sample: np.ndarray,
     description: str,
     tags: Mapping[str, Any],
     validation_accuracy: float,
+    fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> Registered:
-    """Register ``network`` as a new version of the model ``name``.
+    """Register ``network`` as a version of the model ``name``, once for each ``step``.
 
-    The version becomes `champion` where there is none or where its validation accuracy is higher
-    than the champion's, else `challenger`. A champion without a readable accuracy keeps its alias:
-    somebody put it there by hand, and a comparison is impossible.
+    A version that an earlier, killed attempt of the same step left behind is completed instead.
+
+    The version becomes `champion` where there is none, or where its validation accuracy is higher
+    than the champion's on the same data, split, limit and size; else `challenger`. A champion
+    that it cannot be compared with keeps its alias, and a sentence says why.
 
     Args:
         log: the run that made the network; the version's lineage starts from it.
-        sample: some images, uint8 [n, H, W, C] with n of 2 and more; kept as the input example.
+        step: the digest of the step that registers.
+        sample: some images, uint8 [n, H, W, C]; kept as the input example.
         tags: what to find the version by, e.g. genotype digest, macs, params. The data set, its
-            digest, the classes, the accuracy and the run's ``lineage.*`` tags are added.
+            digest, the classes, the accuracy, the step and the run's ``lineage.*`` tags are added.
         validation_accuracy: 0..1.
+        fresh: make a new version, whatever was left behind.
 
     Raises:
         ConfigurationError: the sample or the accuracy is not as above.
         TrackingError: the registry refuses, e.g. a name with a slash or a colon.
     """
     _check(sample, validation_accuracy)
-    client = log.tracker.client
-    model_id = _log_model(log, network, task, sample)
-    with log.tracker.reported(f"register the model '{name}'"):
-        champion = _champion(log.tracker, name)
-        if champion is None and not client.search_registered_models(f"name = '{name}'"):
-            client.create_registered_model(
-                name, description=f"Classifies the images of {task.name}: {task.description}"
-            )
-        made = client.create_model_version(
+    tracker = log.tracker
+    made = None if fresh else _left_behind(tracker, name, step)
+    if made is not None:
+        say(f"version {made.version} of {name} is there from an earlier attempt: going on with it")
+    else:
+        made = _create_version(
+            log,
             name,
-            f"models:/{model_id}",
-            run_id=log.run_id,
-            tags=_texts(tags) | _version_tags(log, task, validation_accuracy),
+            _log_model(log, network, task, sample),
+            task,
+            tags=_texts(tags) | _version_tags(log, task, validation_accuracy) | {STEP: step},
             description=description,
-            model_id=model_id,
         )
-        versions = json.dumps([{"name": name, "version": made.version}])
-        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: versions})
-        alias = _choose_alias(champion, validation_accuracy, say)
-        client.set_registered_model_alias(name, alias, made.version)
+    model_id = logged_model_id(made)
+    with tracker.reported(f"register the model '{name}'"):
+        versions = json.dumps([{"name": name, "version": str(made.version)}])
+        tracker.client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: versions})
+        alias = _alias_of(made) or _give_alias(tracker, made, say)
+    log.log_model_output(model_id)
     uri = f"models:/{name}/{made.version}"
     return Registered(name, str(made.version), alias, uri, model_id)
 
@@ -183,8 +165,7 @@ def as_it_stands(tracker: Tracker, registered: Registered) -> Registered | None:
         version = find_version(tracker, registered.uri)
     except TrackingError:
         return None
-    alias = next((alias for alias in (CHAMPION, CHALLENGER) if alias in version.aliases), "")
-    return replace(registered, alias=alias)
+    return replace(registered, alias=_alias_of(version))
 
 
 def resolve(tracker: Tracker, uri: str) -> RegisteredNetwork:
@@ -201,7 +182,6 @@ def resolve(tracker: Tracker, uri: str) -> RegisteredNetwork:
         raise TrackingError(
             f"{uri} names no classes: only networks that this project registered can be used"
         )
-    _, height, width, channels = model.metadata.signature.inputs.inputs[0].shape
     return RegisteredNetwork(
         name=found.name,
         version=str(found.version),
@@ -210,7 +190,7 @@ def resolve(tracker: Tracker, uri: str) -> RegisteredNetwork:
         tags=dict(found.tags),
         run_id=found.run_id or "",
         classes=tuple(classes),
-        shape=(height, width, channels),
+        channels=model.metadata.signature.inputs.inputs[0].shape[3],
         model=model,
     )
 
@@ -225,25 +205,51 @@ def find_version(tracker: Tracker, uri: str) -> ModelVersion:
     if parts is None:
         raise TrackingError(f"'{uri}' is no model: write models:/NAME@champion or models:/NAME/1")
     name, wanted = parts["name"], parts["version"]
-    with tracker.reported("list its models"):
-        models = {model.name: model for model in tracker.client.search_registered_models()}
-        if name not in models:
-            near = get_close_matches(name, models, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            known = ", ".join(sorted(models)) or "none"
-            raise TrackingError(f"no model '{name}' is registered: {hint}there are {known}")
-        aliases = models[name].aliases
+    with tracker.reported(f"find the model '{name}'"):
+        model = _model(tracker, name)
+        if model is None:
+            raise TrackingError(f"no model '{name}' is registered: {_hint(tracker, name)}")
         alias = parts["alias"] or CHAMPION
-        if wanted is None and alias not in aliases:
-            known = ", ".join(f"@{alias}" for alias in sorted(aliases)) or "no aliases"
+        if wanted is None and alias not in model.aliases:
+            known = ", ".join(f"@{alias}" for alias in sorted(model.aliases)) or "no aliases"
             raise TrackingError(f"the model '{name}' has no alias '{alias}': it has {known}")
-        return tracker.client.get_model_version(name, wanted or aliases[alias])
+        return tracker.client.get_model_version(name, wanted or model.aliases[alias])
+
+
+def logged_model_id(version: ModelVersion) -> str:
+    """The id of the logged model that one of our versions was made from."""
+    return str(version.source or "").rpartition("/")[2]
+
+
+def _model(tracker: Tracker, name: str) -> RegisteredModel | None:
+    try:
+        return tracker.client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code == UNKNOWN_MODEL:
+            return None
+        raise
+
+
+def _hint(tracker: Tracker, name: str) -> str:
+    """What there is instead of ``name``, the nearest first."""
+    names: list[str] = []
+    token = None
+    while True:
+        page = tracker.client.search_registered_models(max_results=NAMES_A_PAGE, page_token=token)
+        names.extend(model.name for model in page)
+        token = page.token
+        if not token:
+            break
+    near = get_close_matches(name, names, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    more = f" and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
+    return f"{hint}there are {', '.join(sorted(names)[:NAMES_SHOWN]) or 'none'}{more}"
 
 
 def _check(sample: np.ndarray, validation_accuracy: float) -> None:
-    if sample.dtype != np.uint8 or sample.ndim != 4 or len(sample) < 2:
+    if sample.dtype != np.uint8 or sample.ndim != 4 or not sample.size:
         raise ConfigurationError(
-            "a model is registered with two or more sample images, uint8 [n, H, W, C], not "
+            "a model is registered with one or more sample images, uint8 [n, H, W, C], not "
             f"{sample.dtype} of shape {sample.shape}"
         )
     if not 0 <= validation_accuracy <= 1:
@@ -254,65 +260,56 @@ def _check(sample: np.ndarray, validation_accuracy: float) -> None:
 
 def _log_model(log: RunLog, network: nn.Module, task: ImageTask, sample: np.ndarray) -> str:
     """Store the exported program as a logged model of the run and return its id."""
-    served = _served(network, task)
     client = log.tracker.client
     with log.tracker.reported("keep the model"), tempfile.TemporaryDirectory() as folder:
         experiment_id = client.get_run(log.run_id).info.experiment_id
         logged = client.create_logged_model(experiment_id, "model", source_run_id=log.run_id)
         try:
             path = Path(folder) / "model"
-            _save(served, path, sample, task.classes, logged.artifact_location, logged.model_id)
+            save_model(serve(network, task), path, sample, task.classes, logged)
             client.log_model_artifacts(logged.model_id, str(path))
             client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
         except BaseException:
             client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
             raise
-        client.log_outputs(log.run_id, [LoggedModelOutput(logged.model_id, step=0)])
     return str(logged.model_id)
 
 
-def _served(network: nn.Module, task: ImageTask) -> ServedNetwork:
-    network = copy.deepcopy(network).cpu()
-    if hasattr(network, "auxiliary_head"):  # it serves training only
-        network.auxiliary_head = None  # type: ignore[assignment]
-    size = (task.shape.height, task.shape.width)
-    return ServedNetwork(network, task.mean, task.std, size).eval()
+def _left_behind(tracker: Tracker, name: str, step: str) -> ModelVersion | None:
+    """The latest version that ``step`` has made; killed before its end, it lacks the rest."""
+    with tracker.reported(f"look for versions of '{name}'"):
+        found = tracker.client.search_model_versions(
+            f"name = '{name}' and tags.`{STEP}` = '{step}'"
+        )
+        if not found:
+            return None
+        latest = max(int(version.version) for version in found)
+        return tracker.client.get_model_version(name, str(latest))  # with its aliases
 
 
-def _save(
-    served: ServedNetwork,
-    path: Path,
-    sample: np.ndarray,
-    classes: tuple[str, ...],
-    location: str,
+def _create_version(
+    log: RunLog,
+    name: str,
     model_id: str,
-) -> None:
-    # Without names: MLflow hands a named tensor over in a dict, which the PyTorch flavour refuses.
-    inputs = TensorSpec(np.dtype(np.uint8), (-1, *sample.shape[1:]))
-    outputs = TensorSpec(np.dtype(np.float32), (-1, len(classes)))
-    model = Model(
-        artifact_path=location,
-        model_uuid=model_id,
-        model_id=model_id,
-        metadata={"classes": list(classes)},
-    )
-    mlflow.pytorch.save_model(
-        served,
-        str(path),
-        mlflow_model=model,
-        signature=ModelSignature(Schema([inputs]), Schema([outputs])),
-        input_example=sample,
-        pip_requirements=[_pinned(package) for package in ("torch", "mlflow", "numpy")],
-        serialization_format="pt2",
-    )
-    # An exported program stays on the device it was exported on, but MLflow would look for it on
-    # the GPU wherever there is one, and refuse.
-    model.flavors["python_function"]["config"]["device"] = "cpu"
-    model.save(str(path / "MLmodel"))
-
-
-def _pinned(package: str) -> str:
-    return f"{package}=={version(package).partition('+')[0]}"  # no index has torch's +cu132
+    task: ImageTask,
+    *,
+    tags: Mapping[str, str],
+    description: str,
+) -> ModelVersion:
+    client = log.tracker.client
+    with log.tracker.reported(f"register the model '{name}'"):
+        if _model(log.tracker, name) is None:
+            client.create_registered_model(
+                name, description=f"Classifies the images of {task.name}: {task.description}"
+            )
+        return client.create_model_version(
+            name,
+            f"models:/{model_id}",
+            run_id=log.run_id,
+            tags=dict(tags),
+            description=description,
+            model_id=model_id,
+        )
 
 
 def _version_tags(log: RunLog, task: ImageTask, validation_accuracy: float) -> dict[str, str]:
@@ -320,7 +317,7 @@ def _version_tags(log: RunLog, task: ImageTask, validation_accuracy: float) -> d
     return {
         ACCURACY: repr(float(validation_accuracy)),
         "dataset": task.name,
-        "dataset_digest": task.digest,
+        DATA: task.digest,
         "classes": json.dumps(task.classes),
         **lineage,
     }
@@ -330,24 +327,32 @@ def _texts(tags: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(value) for key, value in tags.items()}
 
 
-def _champion(tracker: Tracker, name: str) -> ModelVersion | None:
-    for model in tracker.client.search_registered_models(f"name = '{name}'"):
-        if CHAMPION in model.aliases:
-            return tracker.client.get_model_version(name, model.aliases[CHAMPION])
-    return None
+def _alias_of(version: ModelVersion) -> str:
+    return next((alias for alias in (CHAMPION, CHALLENGER) if alias in version.aliases), "")
 
 
-def _choose_alias(
-    champion: ModelVersion | None, validation_accuracy: float, say: Callable[[str], None]
-) -> str:
-    if champion is None:
-        return CHAMPION
-    try:
-        to_beat = float(champion.tags[ACCURACY])
-    except (KeyError, ValueError):
-        say(
-            f"version {champion.version} of {champion.name} stays champion: its tag {ACCURACY} "
-            "cannot be read, so the new version cannot be compared with it"
-        )
-        return CHALLENGER
-    return CHAMPION if validation_accuracy > to_beat else CHALLENGER
+def _give_alias(tracker: Tracker, made: ModelVersion, say: Callable[[str], None]) -> str:
+    name = made.name
+    best = tracker.client.get_registered_model(name).aliases.get(CHAMPION)
+    champion = None if best is None else tracker.client.get_model_version(name, best)
+    alias = CHAMPION if champion is None or _beats(made, champion, say) else CHALLENGER
+    tracker.client.set_registered_model_alias(name, alias, made.version)
+    return alias
+
+
+def _beats(made: ModelVersion, champion: ModelVersion, say: Callable[[str], None]) -> bool:
+    """Whether the new version is better; where that cannot be known, say why it is not."""
+    old, new = f"version {champion.version}", f"version {made.version}"
+    if champion.tags.get(DATA) != made.tags[DATA]:
+        reason = f"{old} was measured on other data, or on another split, limit or size of them"
+    else:
+        try:
+            return float(made.tags[ACCURACY]) > float(champion.tags[ACCURACY])
+        except (KeyError, ValueError):
+            reason = f"the tag {ACCURACY} of {old} is missing or no number"
+    say(
+        f"{old} of {made.name} stays champion, as {new} cannot be compared with it: {reason}; to "
+        f"promote {new}, give it the alias in the MLflow UI or by MlflowClient()."
+        f"set_registered_model_alias('{made.name}', '{CHAMPION}', '{made.version}')"
+    )
+    return False

@@ -166,9 +166,15 @@ class RunLog:
             return str(model.model_id)
 
     def log_model_output(self, model_id: str) -> None:
-        """Log a logged model, made by a step of this run or taken over, as an output of it."""
+        """Log a logged model, made by this run or a step of it or taken over, as its output.
+
+        One that it has already is left alone: MLflow refuses to have it twice.
+        """
         with self.tracker.reported("log a model"):
-            self._client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step=0)])
+            outputs = self._client.get_run(self.run_id).outputs
+            known = outputs.model_outputs if outputs else []
+            if model_id not in {model.model_id for model in known}:
+                self._client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step=0)])
 
     def log_model_input(self, model_id: str) -> None:
         """Log a logged model as an input of the run."""

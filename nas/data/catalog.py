@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,7 @@ DATA_SETS: dict[str, str] = {
 }
 MIN_SIZE, MAX_SIZE = 4, 1024  # pixels a side
 EXAMPLES = 4  # images kept as they came, to show what a deployed model will be given
+EXAMPLE_BYTES = 1_500_000  # of all of them: MLflow writes them as text, nine times as long
 STATISTICS_IMAGES = 2000  # sample for mean and std of a set that stays in files
 
 
@@ -106,13 +108,11 @@ def load_task(
         observer.on_warning(
             "shared_images", f"{shared} images of '{name}' also occur in an earlier split"
         )
-    kept = torch.arange(len(labels))
     if limit is not None and limit < len(labels):
         kept, splits = limit_splits(splits, labels, limit, len(classes), seed)
         images, labels = images.subset(kept), labels[kept]
     mean, std = channel_statistics(images, _statistics_sample(images, splits.train))
     flip = images.shape[0] == 3 if raw.flip is None else raw.flip
-    shown = splits.val[:EXAMPLES]
     return ImageTask(
         name=name,
         description=raw.description,
@@ -123,9 +123,7 @@ def load_task(
         mean=mean,
         std=std,
         flip=flip,
-        examples=(
-            raw.images[kept[shown]] if isinstance(raw.images, Tensor) else images.gather(shown)
-        ),
+        examples=_examples(images, splits.val),
         digest=task_digest(images, labels, classes, splits, flip),
     )
 
@@ -193,8 +191,7 @@ def _store(
         size = largest
     if size is None:
         return TensorImages(raw.images)
-    origins = TensorImages(raw.images).fingerprints()
-    return TensorImages(resized(raw.images, size), origins)
+    return TensorImages(resized(raw.images, size), TensorImages(raw.images))
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:
@@ -203,6 +200,20 @@ def resized(pixels: Tensor, size: int) -> Tensor:
         return pixels
     chunks = [scale_to_cover(chunk.float(), size, size) for chunk in pixels.split(1024)]
     return torch.cat([chunk.to(torch.uint8) for chunk in chunks])
+
+
+def _examples(images: ImageStore, val: Tensor) -> Tensor:
+    """The first images of the validation split that share the size of the very first.
+
+    An image that alone has more than EXAMPLE_BYTES is shrunk to so many, in its own proportions.
+    """
+    first, *others = images.originals(val[:EXAMPLES])
+    alike = torch.stack([first, *(image for image in others if image.shape == first.shape)])
+    if first.numel() <= EXAMPLE_BYTES:
+        return alike[: EXAMPLE_BYTES // first.numel()]
+    shrink = math.sqrt(EXAMPLE_BYTES / first.numel())
+    height, width = (max(1, int(side * shrink)) for side in first.shape[1:])
+    return scale_to_cover(alike[:1].float(), height, width).to(torch.uint8)
 
 
 def _statistics_sample(images: ImageStore, train: Tensor) -> Tensor:

@@ -151,9 +151,13 @@ class FileImages:
         def decode(path: Path) -> Tensor:
             return to_tensor(fit(read_image(path, channels), height, width))
 
-        paths = [self.paths[index] for index in indices.tolist()]
-        images = map_images(decode, paths, shown, progress, "decoding images")
+        images = map_images(decode, self._chosen(indices), shown, progress, "decoding images")
         return torch.stack(images) if images else torch.empty(0, *self._shape, dtype=torch.uint8)
+
+    def originals(self, indices: Tensor) -> list[Tensor]:
+        channels = self._shape[0]
+        chosen = self._chosen(indices)
+        return map_images(lambda path: to_tensor(read_image(path, channels)), chosen, shown)
 
     def fingerprints(self) -> Sequence[bytes]:
         return self._fingerprints
@@ -162,10 +166,11 @@ class FileImages:
         return self._fingerprints
 
     def subset(self, indices: Tensor) -> FileImages:
-        chosen = indices.tolist()
-        return FileImages(
-            [self.paths[i] for i in chosen], self._shape, [self._fingerprints[i] for i in chosen]
-        )
+        fingerprints = [self._fingerprints[index] for index in indices.tolist()]
+        return FileImages(self._chosen(indices), self._shape, fingerprints)
+
+    def _chosen(self, indices: Tensor) -> list[Path]:
+        return [self.paths[index] for index in indices.tolist()]
 
 
 def map_one(read: Callable[[], _R], path: Path) -> _R:
@@ -214,4 +219,4 @@ def open_files(
     store = FileImages(paths, (channels, height, width), [h.fingerprint for h in headers])
     if stream or len(paths) * channels * height * width > RESIDENT_BYTES:
         return store
-    return TensorImages(store.gather(torch.arange(len(paths)), progress), store.origins())
+    return TensorImages(store.gather(torch.arange(len(paths)), progress), store)

@@ -50,8 +50,14 @@ class ImageStore(Protocol):
     def fingerprints(self) -> Sequence[bytes]:
         """A SHA-256 of each image's content; equal exactly where two images are identical."""
 
+    def originals(self, indices: Tensor) -> list[Tensor]:
+        """Images as they came, before any scaling: uint8 [C, H', W'], each of its own size.
+
+        Raises DataError if one is broken.
+        """
+
     def origins(self) -> Sequence[bytes]:
-        """The same of the images as they came, before any scaling."""
+        """Fingerprints of the images as they came."""
 
     def subset(self, indices: Tensor) -> ImageStore:
         """Only the images of ``indices`` [n], in that order."""
@@ -60,12 +66,12 @@ class ImageStore(Protocol):
 class TensorImages:
     """All images of a small set in memory, uint8 [N, C, H, W].
 
-    ``origins`` are given where the pixels are not as they came.
+    ``source`` has the images as they came, where the pixels are not.
     """
 
-    def __init__(self, pixels: Tensor, origins: Sequence[bytes] | None = None) -> None:
+    def __init__(self, pixels: Tensor, source: ImageStore | None = None) -> None:
         self.pixels = pixels
-        self._origins = origins
+        self._source = source
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -81,12 +87,17 @@ class TensorImages:
     def fingerprints(self) -> Sequence[bytes]:
         return self._fingerprints
 
+    def originals(self, indices: Tensor) -> list[Tensor]:
+        if self._source is not None:
+            return self._source.originals(indices)
+        return list(self.gather(indices))
+
     def origins(self) -> Sequence[bytes]:
-        return self._fingerprints if self._origins is None else self._origins
+        return self._fingerprints if self._source is None else self._source.fingerprints()
 
     def subset(self, indices: Tensor) -> TensorImages:
-        chosen = None if self._origins is None else [self._origins[i] for i in indices.tolist()]
-        return TensorImages(self.pixels[indices], chosen)
+        source = None if self._source is None else self._source.subset(indices)
+        return TensorImages(self.pixels[indices], source)
 
     @cached_property
     def _fingerprints(self) -> list[bytes]:
@@ -120,7 +131,7 @@ class ImageTask:
     mean: tuple[float, ...]  # per channel over the training split, pixels scaled to 0..1
     std: tuple[float, ...]  # likewise; never below MIN_STD
     flip: bool  # whether a mirrored image keeps its class
-    examples: Tensor  # a few images as they came, uint8 [n, C, H', W'], before any scaling
+    examples: Tensor  # a few images of one size as they came, uint8 [n, C, H', W'], n at least 1
     digest: str  # SHA-256, hex, of pixels, labels, classes, splits and flip
 
     @property

@@ -180,7 +180,7 @@ def bits_of(place: Place, job: Run) -> Bits:
     }
     tags = job.data.tags
     model = resolve(tracker, f"models:/{tags['model.name']}/{tags['model.version']}")
-    images = np.random.default_rng(0).integers(0, 256, (5, *model.shape), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (5, 20, 24, model.channels), dtype=np.uint8)
     return Bits(
         genotype=json.loads((artifacts / "genotype.json").read_text()),
         accuracies={

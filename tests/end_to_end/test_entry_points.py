@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 from conftest import Finished
-from jobs import SEARCH, TRAINING, TRANSFER, arguments, bits_of
+from jobs import SEARCH, TRAINING, TRANSFER, Place, arguments, bits_of
 from mlflow.entities import Run
+from striped_images import write_stripes
 
 from pipeline.cli import main
 from pipeline.inputs import datasets_of
@@ -218,6 +219,24 @@ class TestAgain:
         # no better than the champion, which stays
         assert fresh.data.tags["model.alias"] == "challenger"
         bits_of(place, fresh).same_as(finished.bits)
+
+
+def test_photographs_of_mixed_sizes(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """The registered network is tested on the files as they are, and does as well as before."""
+    target = f"folder:{write_stripes(place.folder / 'stripes')}"
+    recipe = {"cells": 3, "channels": 4, "seeds": 2, "train_epochs": 3}
+    options = {"architecture": "DARTS_V2", "target": target, "target_size": 16, **recipe}
+    assert main(["retrain", *arguments(options)]) == 0
+    retraining = place.jobs()[-1]
+    tested = json.loads(
+        (place.enter().artifacts(retraining.info.run_id) / "comparison.json").read_text()
+    )["networks"][:2]
+    best = max(tested, key=lambda row: row["validation_accuracy"])
+    assert main(["evaluate", *arguments({"model": "nas-stripes", "target": target})]) == 0
+    assert place.jobs()[-1].data.metrics["test/accuracy"] == best["test_accuracy"]
+    assert f"nas-stripes version 1 on {target}: {best['test_accuracy']:.2%}" in (
+        capsys.readouterr().out
+    )
 
 
 def test_search_retrain_evaluate(finished: Finished) -> None:

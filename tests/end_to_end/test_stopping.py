@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import Finished
 from jobs import ROOT, TRAINING, TRANSFER, Place, arguments, bits_of
+from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from nas.data import ImageTask
@@ -89,6 +90,28 @@ def test_ctrl_c_marks_the_runs_and_the_job_goes_on(place: Place, finished: Finis
     assert last.info.status == "FINISHED"
     assert "reused.search" in last.data.tags
     bits_of(place, last).same_as(finished.bits)
+
+
+def test_stopped_before_the_new_version_has_its_alias(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", stop)
+        assert main(["retrain", *arguments({**RETRAIN, "seeds": 1})]) == 130
+    (left,) = place.client.search_model_versions()
+    assert not place.client.get_registered_model("nas-animals").aliases
+    assert main(["retrain", *arguments({**RETRAIN, "seeds": 1})]) == 0
+    (version,) = place.client.search_model_versions()
+    assert version.source == left.source
+    aliases = place.client.get_registered_model("nas-animals").aliases
+    assert {alias: str(number) for alias, number in aliases.items()} == {"champion": "1"}
+    job = place.client.get_run(place.jobs()[-1].info.run_id)  # with its models
+    assert (job.data.tags["model.version"], job.data.tags["model.alias"]) == ("1", "champion")
+    (model,) = job.outputs.model_outputs
+    assert version.source == f"models:/{model.model_id}"
 
 
 def test_sigterm_stops_a_search(place: Place) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from workplace import VARIABLES, Workplace
 
 from pipeline.store import open_store
-from pipeline.tracking import Tracker, connect
+from pipeline.tracking import RunLog, Tracker, connect
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +46,10 @@ def workplace(
 def tracker(workplace: Workplace) -> Tracker:
     """The experiment of an empty store."""
     return connect()
+
+
+@pytest.fixture
+def log(tracker: Tracker) -> Iterator[RunLog]:
+    """A run of a job."""
+    with tracker.open_run("transfer") as log:
+        yield log

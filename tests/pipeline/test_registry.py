@@ -1,137 +1,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import sysconfig
-import venv
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import mlflow.pyfunc
-import mlflow.pytorch
 import numpy as np
 import pytest
-import torch
-from torch import nn
-from workplace import Workplace
+from small_networks import add, draw_images, expected, make_network, make_task
 
-from nas.data import load_task
 from nas.errors import ConfigurationError, TrackingError
+from pipeline import registry
 from pipeline.lineage import lineage
-from pipeline.registry import Registered, find_version, register, resolve
+from pipeline.registry import RegisteredNetwork, find_version, resolve
+from pipeline.store import Store
 from pipeline.tracking import RunLog, Tracker
-
-BATCHES = (1, 2, 7, 64)
-
-
-class SmallNetwork(nn.Module):
-    """Strided, normalised and with a training-only head, as the project's networks are."""
-
-    def __init__(self, channels: int, classes: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(channels, 8, 3, stride=2, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.last = nn.Linear(8, classes)
-        self.auxiliary_head: nn.Module | None = nn.Linear(8, 10_000)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = torch.relu(self.norm(self.first(images)))
-        return self.last(features.mean(dim=(2, 3)))
-
-
-def make_network(channels: int, classes: int) -> SmallNetwork:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = SmallNetwork(channels, classes)
-        network(torch.randn(64, channels, 8, 8) * 3 + 1)  # moves the running statistics
-    return network.train()
-
-
-def make_task(channels: int = 3, classes: tuple[str, ...] = ("ape", "bee", "cat")) -> Any:
-    return SimpleNamespace(
-        name="animals",
-        description="Animals drawn for this test.",
-        digest="0123456789abcdef" * 4,
-        classes=classes,
-        mean=(0.4, 0.5, 0.6)[:channels],
-        std=(0.2, 0.25, 0.3)[:channels],
-        shape=SimpleNamespace(channels=channels, height=9, width=8, classes=len(classes)),
-        splits=SimpleNamespace(train=torch.arange(5), val=torch.arange(2), test=torch.arange(3)),
-    )
-
-
-def draw_images(count: int, channels: int = 3) -> np.ndarray:
-    generator = np.random.default_rng(count)
-    return generator.integers(0, 256, (count, 9, 8, channels), dtype=np.uint8)
-
-
-def expected(network: nn.Module, task: Any, images: np.ndarray) -> np.ndarray:
-    """The probabilities by numpy's normalisation and the eager network."""
-    pixels = (images.astype(np.float64) / 255 - task.mean) / task.std
-    with torch.no_grad():
-        logits = network.eval()(torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float())
-    exponentials = np.exp(logits.double().numpy())
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
-
-
-def add(log: RunLog, accuracy: float, said: list[str] | None = None, **options: Any) -> Registered:
-    task = options.pop("task", None) or make_task()
-    channels = task.shape.channels
-    network = options.pop("network", None) or make_network(channels, len(task.classes))
-    return register(
-        log,
-        options.pop("name", "animals-net"),
-        network,
-        task,
-        sample=options.pop("sample", draw_images(4, channels)),
-        description="A small network.",
-        tags={"genotype_digest": "abc", "macs": 1234, "params": 56},
-        validation_accuracy=accuracy,
-        say=(said if said is not None else []).append,
-    )
-
-
-@pytest.fixture
-def log(tracker: Tracker) -> Any:
-    with tracker.open_run("transfer") as log:
-        yield log
 
 
 class TestRegister:
-    @pytest.mark.parametrize("channels", [1, 3])
-    def test_raw_images_in_probabilities_out_at_any_batch_size(
-        self, log: RunLog, channels: int
-    ) -> None:
-        task, network = make_task(channels), make_network(channels, 3)
-        registered = add(log, 0.5, task=task, network=network)
-        assert network.training
-        assert network.auxiliary_head is not None
-        by_function = mlflow.pyfunc.load_model("models:/animals-net@champion")
-        by_torch = mlflow.pytorch.load_model(registered.uri)
-        for count in BATCHES:
-            images = draw_images(count, channels)
-            probabilities = by_function.predict(images)
-            assert probabilities.dtype == np.float32
-            truth = expected(network, task, images)
-            np.testing.assert_allclose(probabilities, truth, atol=1e-6)
-            with torch.no_grad():
-                again = by_torch(torch.from_numpy(images)).numpy()
-            np.testing.assert_allclose(again, truth, atol=1e-6)
-        assert log.tracker.run(log.run_id).status == "RUNNING"  # type: ignore[union-attr]
-
-    def test_raw_images_of_another_size_are_scaled_inside_the_model(self, log: RunLog) -> None:
-        task = load_task("animals", root=Path("nowhere"), limit=300, image_size=14)
-        network = make_network(1, 10)
-        raw = task.examples.permute(0, 2, 3, 1).contiguous().numpy()
-        assert raw.shape[1:] == (28, 28, 1)
-        registered = add(log, 0.5, task=task, network=network, sample=raw)
-        scaled = task.images.gather(task.splits.val[: len(raw)]).permute(0, 2, 3, 1).numpy()
-        probabilities = mlflow.pyfunc.load_model(registered.uri).predict(raw)
-        np.testing.assert_allclose(probabilities, expected(network, task, scaled), atol=1e-6)
-
     def test_the_version_says_what_it_is(self, log: RunLog) -> None:
         log.set_tags({"lineage.search_run": "1234", "method": "darts"})
         registered = add(log, 0.75)
@@ -158,35 +43,11 @@ class TestRegister:
         outputs = client.get_run(log.run_id).outputs.model_outputs
         assert [output.model_id for output in outputs] == [registered.model_id]
 
-    def test_what_is_stored(self, log: RunLog) -> None:
-        registered = add(log, 0.5)
-        folder = Path(mlflow.artifacts.download_artifacts(registered.uri))
-        names = {path.name for path in folder.rglob("*") if path.is_file()}
-        assert "model.pt2" in names
-        assert not [name for name in names if name.endswith((".pkl", ".pth", ".py"))]
-        # The training-only head alone has 90,000 numbers.
-        assert (folder / "data" / "model.pt2").stat().st_size < 100_000
-        requirements = (folder / "requirements.txt").read_text().split()
-        assert [line.split("==")[0] for line in requirements] == ["torch", "mlflow", "numpy"]
-        assert "+" not in "".join(requirements)
-        info = mlflow.models.get_model_info(registered.uri)
-        assert info.metadata == {"classes": ["ape", "bee", "cat"]}
-        assert info.signature.inputs.inputs[0].shape == (-1, 9, 8, 3)
-        assert info.signature.outputs.inputs[0].shape == (-1, 3)
-
-    def test_a_machine_with_a_gpu_can_load_it(
-        self, log: RunLog, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        registered = add(log, 0.5)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        model = mlflow.pyfunc.load_model(registered.uri)
-        assert model.predict(draw_images(2)).shape == (2, 3)
-
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"sample": draw_images(1)}, "two or more sample images"),
-            ({"sample": draw_images(2).astype(np.float32)}, "uint8 .* not float32"),
+            ({"sample": draw_images(0)}, "one or more sample images"),
+            ({"sample": draw_images(2, dtype=np.float32)}, "uint8 .* not float32"),
             ({"accuracy": float("nan")}, "within 0 and 1"),
             ({"accuracy": 75.0}, "within 0 and 1, 75.0 does not"),
         ],
@@ -217,7 +78,118 @@ class TestAlias:
         log.tracker.client.delete_model_version_tag("animals-net", "1", "validation_accuracy")
         said: list[str] = []
         assert add(log, 0.9, said).alias == "challenger"
-        assert said[0].startswith("version 1 of animals-net stays champion")
+        assert said == [
+            "version 1 of animals-net stays champion, as version 2 cannot be compared with it: "
+            "the tag validation_accuracy of version 1 is missing or no number; to promote version "
+            "2, give it the alias in the MLflow UI or by MlflowClient()."
+            "set_registered_model_alias('animals-net', 'champion', '2')"
+        ]
+
+    @pytest.mark.parametrize("accuracy", [0.1, 0.9])
+    def test_accuracies_of_other_data_are_not_compared(self, log: RunLog, accuracy: float) -> None:
+        add(log, 0.5)
+        other = make_task()
+        other.digest = "f" * 64  # of another split, limit, size or set
+        said: list[str] = []
+        assert add(log, accuracy, said, task=other).alias == "challenger"
+        assert len(said) == 1
+        assert "version 1 was measured on other data, or on another split, limit" in said[0]
+        assert add(log, 0.6, said).alias == "champion"  # of the first one's data
+        assert len(said) == 1
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that a program does about errors catches it."""
+
+
+class MortalClient:
+    """A client of the store that dies after ``calls`` calls, and stays dead."""
+
+    def __init__(self, client: Any, calls: int) -> None:
+        self.client, self.left = client, calls
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.client, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            if self.left == 0:
+                raise Killed(name)
+            self.left -= 1
+            return method(*args, **options)
+
+        return call
+
+
+class TestKilled:
+    """Registering, killed after any number of calls of the store, and done again."""
+
+    @pytest.mark.parametrize(
+        ("before", "alias"), [((), "champion"), ((0.4,), "champion"), ((0.6,), "challenger")]
+    )
+    def test_the_version_is_made_once(
+        self,
+        log: RunLog,
+        monkeypatch: pytest.MonkeyPatch,
+        before: tuple[float, ...],
+        alias: str,
+    ) -> None:
+        monkeypatch.setattr(registry, "save_model", save_nothing)
+        left_behind = set()
+        for calls in range(100):
+            name = f"pets-{calls}"
+            for accuracy in before:
+                add(log, accuracy, name=name)
+            completed = self._add_and_die(log, calls, name)
+            left_behind.add(len(versions_of(log, name)) - len(before))
+            registered = add(log, 0.5, name=name, step="the step")
+            assert versions_of(log, name) == list(range(1, len(before) + 2))
+            assert (registered.version, registered.alias) == (str(len(before) + 1), alias)
+            client = log.tracker.client
+            aliases = client.get_registered_model(name).aliases
+            assert str(aliases[alias]) == registered.version
+            assert len(aliases) == (2 if alias == "challenger" else 1)
+            assert registered.model_id in find_version(log.tracker, registered.uri).source
+            linked = client.get_logged_model(registered.model_id).tags["mlflow.modelVersions"]
+            assert json.loads(linked) == [{"name": name, "version": registered.version}]
+            if completed:
+                break
+        assert left_behind == {0, 1}
+        assert calls > 8
+
+    def _add_and_die(self, log: RunLog, calls: int, name: str) -> bool:
+        """Whether it was done before its time was over."""
+        tracker = log.tracker
+        client: Any = MortalClient(tracker.client, calls)
+        mortal = RunLog(Tracker(Store(client, tracker.experiment_id, None)), log.run_id)
+        try:
+            add(mortal, 0.5, name=name, step="the step")
+        except Killed:
+            return False
+        return True
+
+    def test_other_steps_and_fresh_ones_make_their_own(
+        self, log: RunLog, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(registry, "save_model", save_nothing)
+        add(log, 0.5, step="one")
+        said: list[str] = []
+        assert add(log, 0.5, said, step="one").version == "1"
+        assert said == [
+            "version 1 of animals-net is there from an earlier attempt: going on with it"
+        ]
+        assert add(log, 0.5, step="other").version == "2"
+        assert add(log, 0.5, step="one", fresh=True).version == "3"
+        assert add(log, 0.5, step="one").version == "3"
+
+
+def save_nothing(served: Any, path: Path, *rest: Any) -> None:
+    path.mkdir()
+    (path / "MLmodel").write_text("nothing")
+
+
+def versions_of(log: RunLog, name: str) -> list[int]:
+    found = log.tracker.client.search_model_versions(f"name = '{name}'")
+    return sorted(int(version.version) for version in found)
 
 
 class TestResolve:
@@ -228,15 +200,52 @@ class TestResolve:
             found = resolve(log.tracker, uri)
             assert (found.name, found.version) == ("animals-net", "1")
         assert found.classes == task.classes
-        assert found.shape == (9, 8, 3)
+        assert found.channels == 3
         assert found.aliases == ("champion",)
         assert found.run_id == log.run_id
         assert found.tags["macs"] == "1234"
         images = draw_images(300)  # more than one batch
         truth = expected(network, task, images)
         np.testing.assert_allclose(found.predict(images), truth, atol=1e-6)
-        with pytest.raises(ConfigurationError, match="not uint8 of shape"):
-            found.predict(images[:, :5])
+
+    def test_images_of_many_sizes_keep_their_order(
+        self, log: RunLog, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        add(log, 0.5)
+        found = resolve(log.tracker, "animals-net")
+        sizes = [(9, 8), (30, 20), (9, 8), (1, 1), (30, 20), (9, 8), (30, 20)]
+        images = [draw_images(n, size=size)[0] for n, size in enumerate(sizes, 1)]
+        alone = np.concatenate([found.predict(image[None]) for image in images])
+        assert len({row.tobytes() for row in alone}) == len(images)
+        np.testing.assert_allclose(found.predict(images), alone, atol=1e-6)
+        monkeypatch.setattr(registry, "PREDICTION_BYTES", 2 * images[0].size)
+        np.testing.assert_allclose(found.predict(images), alone, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "images",
+        [
+            draw_images(2, channels=1),
+            draw_images(2, dtype=np.float32),
+            draw_images(2)[..., 0],
+            draw_images(2)[:, :0],
+            [draw_images(1)[0], draw_images(1)],
+        ],
+    )
+    def test_what_it_cannot_predict(self, images: Any) -> None:
+        network = RegisteredNetwork(
+            "pets",
+            "1",
+            (),
+            "",
+            {},
+            "",
+            ("cat", "dog"),
+            channels=3,
+            model=None,  # type: ignore[arg-type]
+        )
+        complaint = r"'pets' takes uint8 images \[H, W, 3\] of any height .*, not \w+ of shape \("
+        with pytest.raises(ConfigurationError, match=complaint):
+            network.predict(images)
 
     @pytest.mark.parametrize(
         ("uri", "message"),
@@ -259,6 +268,23 @@ class TestResolve:
     def test_an_empty_registry(self, tracker: Tracker) -> None:
         with pytest.raises(TrackingError, match="no model 'pets' is registered: there are none"):
             resolve(tracker, "pets")
+
+    def test_a_registry_of_many_pages(
+        self, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(registry, "NAMES_A_PAGE", 50)
+        for number in range(120):
+            tracker.client.create_registered_model(f"pets-{number:03}")
+        model = tracker.client.create_logged_model(tracker.experiment_id)
+        tracker.client.create_model_version("pets-119", f"models:/{model.model_id}")
+        assert find_version(tracker, "models:/pets-119/1").name == "pets-119"
+        with pytest.raises(TrackingError) as failure:
+            find_version(tracker, "pets-1190")
+        assert str(failure.value) == (
+            "no model 'pets-1190' is registered: did you mean 'pets-119'? there are pets-000, "
+            "pets-001, pets-002, pets-003, pets-004, pets-005, pets-006, pets-007, pets-008, "
+            "pets-009 and 110 more"
+        )
 
 
 class TestLineage:
@@ -286,62 +312,3 @@ class TestLineage:
             ("animals", target.digest, "target"),
         }
         assert found.tags["genotype_digest"] == "abc"
-
-
-ELSEWHERE = """
-import importlib.util, sys
-for name in ("nas", "pipeline"):
-    assert importlib.util.find_spec(name) is None, name
-import mlflow.pyfunc, numpy
-model = mlflow.pyfunc.load_model("models:/animals-net@champion")
-images = numpy.load(sys.argv[1])
-numpy.savez(sys.argv[2], **{str(n): model.predict(images[:n]) for n in map(int, sys.argv[3:])})
-print(model.metadata.metadata["classes"])
-"""
-
-
-def test_whoever_has_mlflow_and_torch_but_not_this_project_can_use_it(
-    log: RunLog, workplace: Workplace, tmp_path: Path
-) -> None:
-    task, network = make_task(), make_network(3, 3)
-    add(log, 0.5, task=task, network=network)
-    python = _environment_without_this_project(tmp_path / "environment")
-    images, answers = draw_images(64), tmp_path / "answers.npz"
-    np.save(tmp_path / "images.npy", images)
-    (tmp_path / "empty").mkdir()
-    variables = {"PATH": os.defpath, "HOME": str(tmp_path), **workplace.variables}
-    done = subprocess.run(
-        [python, "-c", ELSEWHERE, tmp_path / "images.npy", answers, *map(str, BATCHES)],
-        cwd=tmp_path / "empty",
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "['ape', 'bee', 'cat']"
-    truth = expected(network, task, images)
-    with np.load(answers) as stored:
-        for count in BATCHES:
-            np.testing.assert_allclose(stored[str(count)], truth[:count], atol=1e-6)
-
-
-def _environment_without_this_project(folder: Path) -> Path:
-    """A Python with every installed package but this project's, however that was installed."""
-    venv.create(folder, with_pip=False, symlinks=True)
-    packages = folder / "packages"
-    packages.mkdir()
-    for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if not entry.name.startswith(("nas", "pipeline", "__editable__")):
-            (packages / entry.name).symlink_to(entry)
-    python = folder / "bin" / "python"
-    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    paths = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
-    (Path(paths.stdout.strip()) / "packages.pth").write_text(str(packages))
-    return python
-
-
-def test_this_environment_does_have_the_project() -> None:
-    """Or else the test above would prove nothing."""
-    code = "import nas, pipeline"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

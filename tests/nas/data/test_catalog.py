@@ -113,8 +113,16 @@ def test_the_splits_do_not_depend_on_the_size() -> None:
     assert load_task("animals", root=NOWHERE, limit=600, largest=64).shape.height == 28
     for split in ("train", "val", "test"):
         assert torch.equal(getattr(own.splits, split), getattr(small.splits, split))
-    # what is shown to a deployed model are the images as they came
+
+
+def test_the_images_as_they_came_are_kept(animals: ImageTask) -> None:
+    small = load_task("animals", root=NOWHERE, limit=600, largest=14)
+    own = load_task("animals", root=NOWHERE, limit=600)
+    chosen = small.splits.test[[5, 0]]
+    assert torch.equal(torch.stack(small.images.originals(chosen)), own.images.gather(chosen))
+    # they are shown to a deployed model
     assert torch.equal(small.examples, own.images.gather(own.splits.val[: len(own.examples)]))
+    assert len(small.examples) == 4
 
 
 def test_a_limit_never_trains_on_what_is_test_in_the_whole_set(animals: ImageTask) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nas.data import ImageTask, TensorImages, files, load_task
+from nas.data import ImageTask, TensorImages, catalog, files, load_task
 from nas.data.files import FileImages, Header, default_size, fit, read_image, to_tensor
 from nas.errors import DataError
 from nas.observer import Observer
@@ -229,3 +229,56 @@ def test_real_jpegs_of_cifar10(shared_images: Path, tmp_path: Path) -> None:
     # what is widely used for CIFAR-10 is (0.49, 0.48, 0.45) and (0.25, 0.24, 0.26)
     assert task.mean == pytest.approx((0.49, 0.48, 0.45), abs=0.12)
     assert task.std == pytest.approx((0.25, 0.24, 0.26), abs=0.05)
+
+
+def _write_photographs(folder: Path, *sizes: tuple[int, int]) -> Path:
+    """``folder/<class>/<number>.png``, ten of each class, their (height, width) taking turns."""
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (folder / label).mkdir(parents=True)
+        for number in range(10):
+            pixels = rng.integers(0, 256, (*sizes[number % len(sizes)], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("resident_bytes", [files.RESIDENT_BYTES, 0])
+def test_files_give_their_images_as_they_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident_bytes: int
+) -> None:
+    monkeypatch.setattr(files, "RESIDENT_BYTES", resident_bytes)
+    folder = _write_photographs(tmp_path / "set", (20, 31), (40, 17))
+    whole, limited = _load(folder, image_size=12), _load(folder, image_size=12, limit=12)
+    numbers = torch.tensor([7, 0, 11])
+    paths = sorted(folder.glob("*/*.png"))
+    for number, image in zip(numbers.tolist(), whole.images.originals(numbers), strict=True):
+        pixels = np.asarray(Image.open(paths[number])).transpose(2, 0, 1)
+        np.testing.assert_array_equal(image.numpy(), pixels)
+    for task in (whole, limited):
+        for image, scaled in zip(
+            task.images.originals(numbers), task.images.gather(numbers), strict=True
+        ):
+            raw = Image.fromarray(image.permute(1, 2, 0).numpy())
+            assert torch.equal(to_tensor(fit(raw, 12, 12)), scaled)
+
+
+def test_examples_are_images_of_one_size_as_they_came(tmp_path: Path) -> None:
+    folder = _write_photographs(tmp_path / "set", (20, 31), (40, 17))
+    task = _load(folder, image_size=12)
+    first, *_ = originals = task.images.originals(task.splits.val[:4])
+    alike = [image for image in originals if image.shape == first.shape]
+    assert torch.equal(task.examples, torch.stack(alike))
+
+
+def test_examples_of_photographs_are_few_and_shrunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _write_photographs(tmp_path / "set", (40, 80))
+    for limit, shape in (
+        (10**6, (4, 3, 40, 80)),
+        (2 * 3 * 40 * 80, (2, 3, 40, 80)),
+        (3 * 40 * 80 - 1, (1, 3, 39, 79)),
+        (3 * 10 * 20, (1, 3, 10, 20)),
+    ):
+        monkeypatch.setattr(catalog, "EXAMPLE_BYTES", limit)
+        assert _load(folder, image_size=12).examples.shape == shape
