@@ -2,8 +2,81 @@
 
 from __future__ import annotations
 
-from nas.ops import mixed, native
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nas.errors import ConfigurationError, UnknownNameError
+from nas.ops import build, mixed, native
+from nas.ops.mixed import CellPlan, Statistics
+
+AUTO, NATIVE, EAGER = BACKENDS = ("auto", "native", "eager")
+NATIVE_DEVICES = ("cpu",)
 
 
-def mixed_cell_of(backend):
-    return native.mixed_cell if backend == "native" else mixed.mixed_cell
+class MixedCell(Protocol):
+    """What both twins are called like; see :func:`nas.ops.mixed.mixed_cell`."""
+
+    def __call__(
+        self,
+        plan: CellPlan,
+        before_previous: Tensor,
+        previous: Tensor,
+        weights: Tensor,
+        statistics: Statistics,
+        operations: Tensor,
+        edges: Tensor | None = None,
+        active: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One of the twins, and why it.
+
+    Attributes:
+        name: "native" or "eager".
+        reason: for people: the instruction set in use, or what stands in the way.
+    """
+
+    name: str
+    reason: str
+
+    def mixed_cell(self, device: torch.device) -> MixedCell:
+        """The cell for tensors on ``device``; eager where no kernel is."""
+        if self.name == NATIVE and device.type in NATIVE_DEVICES:
+            return native.mixed_cell
+        return mixed.mixed_cell
+
+
+def choose(
+    wanted: str = AUTO,
+    device: torch.device | None = None,
+    say: Callable[[str], None] = print,
+) -> Backend:
+    """The backend for ``wanted`` ("auto", "native" or "eager") on ``device``, the CPU if None.
+
+    The first call of a process may compile the kernels; ``say`` is told in one line.
+
+    Raises:
+        UnknownNameError: ``wanted`` is none of the three.
+        ConfigurationError: native kernels are wanted, and cannot be had; the message says why.
+    """
+    if wanted not in BACKENDS:
+        raise UnknownNameError("backend", wanted, BACKENDS)
+    if wanted == EAGER:
+        return Backend(EAGER, "as asked for")
+    if device is not None and device.type not in NATIVE_DEVICES:
+        found, reason = None, f"there are no native kernels for {device.type} yet"
+    else:
+        extension = build.load(say)
+        found, reason = extension.module, extension.reason
+    if found is not None:
+        native.register()
+        return Backend(NATIVE, f"{found.build_info()['instruction_set']}, {reason}")
+    if wanted == NATIVE:
+        raise ConfigurationError(f"no native kernels: {reason}; backend 'eager' does without")
+    return Backend(EAGER, reason)

@@ -7,6 +7,7 @@ which is faster than reading it back from memory, and pays for no gradient that 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ def mixed_cell(
     return output
 
 
+@cache
 def register() -> None:
     """Tell PyTorch the shapes and the gradients of the operators, once the library is loaded."""
     torch.library.register_fake("nas_transfer::mixed_cell", _shapes)

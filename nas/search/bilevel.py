@@ -19,6 +19,7 @@ from nas.data import Augmentation, Batch, Batches, ImageTask, halves
 from nas.hardware import peak_memory_mb
 from nas.loop import Meter, ResumableLoop
 from nas.observer import EpochRecord, Observer
+from nas.ops.backend import AUTO
 from nas.optimisation import (
     copy_tensors,
     cosine,
@@ -74,12 +75,15 @@ class BilevelSearch(ResumableLoop[Pair]):
         device: torch.device,
         workers: int = 0,
         space: str = "darts",
+        backend: str = AUTO,
     ) -> None:
         self.method = method
         self.config = config
         self.device = device
         self.supernet = (
-            find_space(space).supernet(task.shape, config.supernet, seed=seed).to(device)
+            find_space(space)
+            .supernet(task.shape, config.supernet, seed=seed, backend=backend)
+            .to(device)
         )
         self.weight_optimiser = torch.optim.SGD(
             [self.supernet.weights],
@@ -105,6 +109,7 @@ class BilevelSearch(ResumableLoop[Pair]):
                 "method": method.name,
                 "config": asdict(config),
                 "seed": seed,
+                "backend": self.supernet.backend.name,
             },
         )
 

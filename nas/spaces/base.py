@@ -79,5 +79,7 @@ class Space(Protocol):
     ) -> Network:
         """The network with weights drawn from ``generator``, on the generator's device."""
 
-    def supernet(self, shape: TaskShape, config: SupernetConfig, *, seed: int) -> Supernet:
+    def supernet(
+        self, shape: TaskShape, config: SupernetConfig, *, seed: int, backend: str = "auto"
+    ) -> Supernet:
         """All networks of the space at once, with shared weights drawn from ``seed``."""

@@ -11,6 +11,7 @@ import torch
 
 from nas.architecture import Architecture, Skeleton
 from nas.errors import ArchitectureError
+from nas.ops.backend import AUTO
 from nas.ops.primitives import initialise
 from nas.spaces.darts.genotype import NODES, OPERATIONS, Gene, Genotype
 from nas.spaces.darts.network import DartsNetwork
@@ -112,9 +113,11 @@ class DartsSpace:
         """The network with weights drawn from ``generator``, on the generator's device."""
         return initialise(self.meta_network(architecture, shape, auxiliary=auxiliary), generator)
 
-    def supernet(self, shape: TaskShape, config: SupernetConfig, *, seed: int) -> Supernet:
+    def supernet(
+        self, shape: TaskShape, config: SupernetConfig, *, seed: int, backend: str = AUTO
+    ) -> Supernet:
         """All networks of the space at once, for a differentiable search."""
-        return Supernet(shape, config, seed=seed)
+        return Supernet(shape, config, seed=seed, backend=backend)
 
 
 def _check_skeleton(skeleton: Skeleton) -> None:

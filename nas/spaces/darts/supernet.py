@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas.errors import ConfigurationError
-from nas.ops.backend import mixed_cell_of
+from nas.ops.backend import AUTO, choose
 from nas.ops.mixed import EDGES, NODES, OPERATIONS, CellPlan, Normaliser, Statistics
 from nas.ops.packing import Packing
 from nas.randomness import generator
@@ -113,6 +113,8 @@ class Mixing:
 class Supernet(nn.Module):
     """Every network of the DARTS space at once.
 
+    ``backend`` is "auto", "native" or "eager": who computes the cells (:mod:`nas.ops.backend`).
+
     ``weights`` is one flat parameter, ``alphas`` [2, 14, 8] (and ``betas`` [2, 14] with edge
     normalisation) are the architecture parameters; running statistics are flat buffers. The
     normalisations keep no count of batches: with a fixed momentum nothing reads it.
@@ -122,10 +124,10 @@ class Supernet(nn.Module):
     running_variance: Tensor
 
     def __init__(
-        self, shape: TaskShape, config: SupernetConfig, *, seed: int, backend: str = "auto"
+        self, shape: TaskShape, config: SupernetConfig, *, seed: int, backend: str = AUTO
     ) -> None:
         super().__init__()
-        self.backend = backend
+        self.backend = choose(backend)
         self.shape = shape
         self.config = config
         self.plans = _plan_cells(config)
@@ -185,7 +187,7 @@ class Supernet(nn.Module):
         stem, *cells, classifier = (piece for _, _, piece in self._pieces(flat))
         statistics = self._statistics(update_statistics)
         active = mixing.live()
-        mixed_cell = mixed_cell_of(self.backend)
+        mixed_cell = self.backend.mixed_cell(images.device)
         before = previous = self._stem(images, stem, statistics[0])
         for plan, cell, running in zip(self.plans, cells, statistics[1:], strict=True):
             kind = REDUCE if plan.reduction else NORMAL
