@@ -130,7 +130,8 @@ def past_search(tracker: Tracker, run_id: str) -> Found:
     try:
         return _found(outcome)
     except (KeyError, NASError) as error:
-        raise TrackingError(f"the search's run {search_id} lacks {error}") from error
+        what = f"the run {search_id}, which searched for them, lacks what is kept today"
+        raise TrackingError(f"{what} ({error})") from error
 
 
 def take_in(job: Job, found: Found) -> None:
