@@ -122,13 +122,13 @@ def _log_costs(
     job: Job, transferred: Sequence[Trained], random: Sequence[Trained], found: Found | None
 ) -> None:
     training = sum(trained.seconds for trained in transferred)
-    costs = {
+    metrics = {
         "cost/training_seconds": training,
         "cost/baseline_seconds": sum(trained.seconds for trained in random),
     }
     if found is not None:
-        costs |= {**found.metrics(), "cost/transfer_seconds": found.seconds + training}
-    job.log.log_metrics(costs)
+        metrics |= {**found.metrics(), "cost/transfer_seconds": found.seconds + training}
+    job.log.log_metrics(metrics)
 
 
 def _log_networks(

@@ -325,6 +325,6 @@ def test_searches_on_a_gpu(method: str, few_digits: ImageTask, tmp_path: Path) -
     search = make_search(few_digits, method, device=torch.device("cuda"), epochs=1)
     result = search.run(tmp_path / "c")
     assert result.supernet.alphas.is_cuda
-    assert math.isfinite(result.records[0].metrics["val/loss"])
+    assert math.isfinite(result.records[0].metrics["supernet/val_loss"])
     again = make_search(few_digits, method, device=torch.device("cuda"), epochs=1)
     assert outcome(again.run(tmp_path / "c")) == outcome(result)
