@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nas.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from nas.data import Batch, Batches
 from nas.errors import CheckpointError, NonFiniteLossError
-from nas.observer import BatchEvent, EpochRecord, Observer
+from nas.observer import VALIDATION, BatchEvent, EpochRecord, Observer
 
 CHECKPOINT_SECONDS = 60.0  # a long epoch is saved this often, so that a kill costs a minute
 REPORT_EVERY = 10  # batches between two readings of a GPU's meter: each waits for the device
@@ -147,6 +149,38 @@ class ResumableLoop(ABC, Generic[Item]):
                 save_checkpoint(checkpoint, self._state())
             observer.on_epoch(record)
 
+    def validate(
+        self,
+        scores_of: Callable[[Batch], Tensor],
+        batches: Batches,
+        observer: Observer,
+        where: str,
+        *,
+        part: int = 0,
+        parts: int = 1,
+    ) -> tuple[float, float]:
+        """Mean cross-entropy in nats and accuracy (0..1) over one epoch of ``batches``.
+
+        Args:
+            scores_of: class scores [B, classes] of a batch, without gradients.
+            where: what is measured, for the message of an error.
+            part, parts: which of an epoch's several validations this is; their batches are
+                counted on.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite.
+        """
+        meter, unreported = Meter(self.device), 0
+        for number, batch in enumerate(batches.epoch(), 1):
+            scores = scores_of(batch)
+            meter.add(F.cross_entropy(scores, batch.labels), scores, batch.labels)
+            unreported += batch.labels.numel()
+            if self._is_due(number, len(batches)):
+                progress = (part * len(batches) + number, parts * len(batches))
+                observer.on_batch(self._event(VALIDATION, *progress, unreported, meter.read(where)))
+                unreported = 0
+        return meter.read(where)
+
     def _run_epoch(self, checkpoint: Path | None, observer: Observer) -> None:
         since_saved = Stopwatch()
         for item in self.batches():
@@ -158,22 +192,19 @@ class ResumableLoop(ABC, Generic[Item]):
                 since_saved = Stopwatch()
 
     def _report(self, observer: Observer) -> None:
-        if self.device.type != "cpu" and self.batch % REPORT_EVERY and self.batch < self.steps:
+        if not self._is_due(self.batch, self.steps):
             return
-        loss, accuracy = self.meter.read(f"epoch {self.epoch + 1}, batch {self.batch}")
-        observer.on_batch(
-            BatchEvent(
-                phase=self.phase,
-                epoch=self.epoch,
-                epochs=self.epochs,
-                batch=self.batch,
-                batches=self.steps,
-                images=self.unreported,
-                loss=loss,
-                accuracy=accuracy,
-            )
-        )
+        read = self.meter.read(f"epoch {self.epoch + 1}, batch {self.batch}")
+        observer.on_batch(self._event(self.phase, self.batch, self.steps, self.unreported, read))
         self.unreported = 0
+
+    def _is_due(self, batch: int, batches: int) -> bool:
+        return self.device.type == "cpu" or batch % REPORT_EVERY == 0 or batch == batches
+
+    def _event(
+        self, phase: str, batch: int, batches: int, images: int, read: tuple[float, float]
+    ) -> BatchEvent:
+        return BatchEvent(phase, self.epoch, self.epochs, batch, batches, images, *read)
 
     def _state(self) -> Checkpoint:
         return Checkpoint(

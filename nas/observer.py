@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+VALIDATION = "validation"  # the phase that ends an epoch: it measures, and nothing learns
+
 
 @dataclass(frozen=True)
 class BatchEvent:
-    """Finished batches. ``loss`` and ``accuracy`` (0..1) are running means over the epoch."""
+    """Finished batches. ``loss`` and ``accuracy`` (0..1) are running means over the phase."""
 
-    phase: str  # "search" or "training"
+    phase: str  # "search", "training" or "validation"
     epoch: int  # from 0
     epochs: int
-    batch: int  # finished batches of this epoch, from 1
+    batch: int  # finished batches of this epoch and phase, from 1
     batches: int
     images: int  # since the event before
     loss: float
@@ -32,7 +34,7 @@ class Observer:
     """Base class that ignores everything; override what you want to see."""
 
     def on_batch(self, event: BatchEvent) -> None:
-        """Called after each batch."""
+        """Called after each batch, and on a GPU after each few."""
 
     def on_resume(self, records: Sequence[EpochRecord]) -> None:
         """Called when a loop goes on from a checkpoint, with the epochs before it."""

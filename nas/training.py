@@ -15,7 +15,7 @@ from nas.data import Augmentation, Batch, Batches, ImageTask
 from nas.errors import ConfigurationError, UnknownNameError
 from nas.evaluation import evaluating
 from nas.hardware import mixed_precision, peak_memory_mb
-from nas.loop import Meter, ResumableLoop
+from nas.loop import ResumableLoop
 from nas.observer import EpochRecord, Observer
 from nas.optimisation import (
     copy_tensors,
@@ -180,27 +180,25 @@ class Training(ResumableLoop[Batch]):
         with mixed_precision(self.device):
             scores, auxiliary = self.network.forward_with_auxiliary(item.images)
         loss = self._loss(scores, item.labels)
-        total = loss
         if auxiliary is not None:
-            total = loss + self.config.auxiliary_weight * self._loss(auxiliary, item.labels)
+            loss = loss + self.config.auxiliary_weight * self._loss(auxiliary, item.labels)
         self.optimiser.zero_grad(set_to_none=True)
-        total.backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.gradient_clip)
         self.optimiser.step()
-        self.meter.add(loss, scores, item.labels)
+        with torch.no_grad():  # without smoothing, so that recipes and splits compare
+            reported = F.cross_entropy(scores.float(), item.labels)
+        self.meter.add(reported, scores, item.labels)
         return item.labels.numel()
 
     def summarise(self, observer: Observer) -> dict[str, float]:
         """Metrics of the epoch; the validation split is not trained on."""
         seconds = self.epoch_watch.seconds
         loss, accuracy = self.meter.read(f"epoch {self.epoch + 1}")
-        meter = Meter(self.device)
         with evaluating(self.network):
-            for batch in self.validation_batches.epoch():
-                with mixed_precision(self.device):
-                    scores = self.network(batch.images)
-                meter.add(self._loss(scores, batch.labels), scores, batch.labels)
-        validation_loss, validation_accuracy = meter.read("the validation split")
+            validation_loss, validation_accuracy = self.validate(
+                self._scores, self.validation_batches, observer, "the validation split"
+            )
         return {
             "train/loss": loss,
             "train/accuracy": accuracy,
@@ -223,6 +221,11 @@ class Training(ResumableLoop[Batch]):
         """Put back what :meth:`tensors` gave."""
         copy_tensors(self.network.state_dict(), without_prefix("network", tensors), "this training")
         restore_optimiser("optimiser", self.optimiser, tensors)
+
+    def _scores(self, batch: Batch) -> Tensor:
+        with mixed_precision(self.device):
+            scores: Tensor = self.network(batch.images)
+        return scores.float()
 
     def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(scores.float(), labels, label_smoothing=self.config.label_smoothing)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
+from statistics import fmean
 from typing import Any
 
 from nas.architecture import Architecture
 from nas.data import ImageTask
 from nas.errors import TrackingError
-from nas.evaluation import count_macs, count_parameters
-from nas.spaces import DartsSpace, find_space
+from nas.spaces import DartsSpace
 from nas.statistics import (
     Interval,
     mean_interval,
@@ -22,16 +21,24 @@ from nas.statistics import (
     welch_difference,
 )
 from pipeline.console import Summary, human_count, print_summary, say, summary_markdown
-from pipeline.evaluate import evaluation_step
+from pipeline.evaluate import CONFUSION, Tested, evaluation_step, with_bounds
 from pipeline.figures import (
     NetworkAccuracies,
     draw_cells,
     draw_comparison,
     draw_learning_curves,
 )
-from pipeline.job import Job, flat, ui_command
-from pipeline.networks import RANDOM, TRANSFERRED, Trained, train_beside_random
+from pipeline.job import Job, ui_command
+from pipeline.networks import (
+    RANDOM,
+    TRANSFERRED,
+    Trained,
+    network_parameters,
+    size_of,
+    train_beside_random,
+)
 from pipeline.registry import LINEAGE, Registered, as_it_stands, register
+from pipeline.search import ALPHAS, PICTURES, Found
 from pipeline.settings import CompareSettings
 from pipeline.specification import ARCHITECTURE_FILE
 from pipeline.steps import StepRun, run_step, step_digest
@@ -50,66 +57,90 @@ class Comparison:
     linear_accuracy: float
     best: Trained  # by validation accuracy; the one that is registered
     best_accuracy: float  # its own
-    training_seconds: float  # of the transferred network, all seeds
 
 
 def compare(
-    job: Job, task: ImageTask, architecture: Architecture, settings: CompareSettings
+    job: Job,
+    task: ImageTask,
+    architecture: Architecture,
+    settings: CompareSettings,
+    found: Found | None = None,
 ) -> Comparison:
-    """Train ``architecture`` over seeds and as many random ones, test all, register the best."""
+    """Train ``architecture`` over seeds and as many random ones, test all, choose the best.
+
+    Args:
+        found: the search that the architecture comes from, where one is known. It is charged,
+            also where an earlier job paid for it.
+    """
     _say_size(architecture, task)
-    job.log.log_params(flat("network", asdict(architecture.skeleton)))
+    job.log.log_params(network_parameters(architecture))
+    job.log.set_tags({"lineage.target_digest": task.digest})
     seeds = range(settings.seed, settings.seed + settings.seeds)
     transferred, random = train_beside_random(job, task, architecture, settings.training, seeds)
     best = max(transferred, key=lambda trained: trained.validation_accuracy)
-    tested = evaluation_step(job, task, [*transferred, *random], best)
-    ours, theirs = tested.accuracies[: len(transferred)], tested.accuracies[len(transferred) :]
+    tested = evaluation_step(job, task, transferred, random, best)
     comparison = Comparison(
-        accuracy=mean_interval(ours),
-        random_accuracy=mean_interval(theirs),
-        improvement=relative_improvement_interval(ours, theirs),
+        accuracy=mean_interval(tested.transferred),
+        random_accuracy=mean_interval(tested.random),
+        improvement=relative_improvement_interval(tested.transferred, tested.random),
         linear_accuracy=tested.linear,
         best=best,
-        best_accuracy=ours[transferred.index(best)],
-        training_seconds=sum(trained.seconds for trained in transferred),
+        best_accuracy=tested.model.mean,
     )
-    _log_metrics(job, comparison, ours, theirs)
-    job.log.log_metrics({"cost/baseline_seconds": sum(trained.seconds for trained in random)})
-    _log_networks(job, task, dict(zip([*transferred, *random], tested.accuracies, strict=True)))
-    _log_pictures(job, [*transferred, *random], ours, theirs, tested.linear)
+    _log_accuracies(job, comparison, transferred, tested)
+    _log_costs(job, transferred, random, found)
+    _log_networks(job, task, transferred, random, tested)
+    _log_pictures(job, [*transferred, *random], tested, found)
     return comparison
 
 
 def _say_size(architecture: Architecture, task: ImageTask) -> None:
-    network = find_space(architecture.space).meta_network(architecture, task.shape, auxiliary=False)
-    skeleton = architecture.skeleton
+    size, skeleton = size_of(architecture, task.shape), architecture.skeleton
     say(
         f"network for {task.name}: {skeleton.cells} cells, {skeleton.channels} initial channels, "
-        f"{human_count(count_parameters(network))} parameters, "
-        f"{human_count(count_macs(network, task.shape))} multiply-adds"
+        f"{human_count(size.params)} parameters, {human_count(size.macs)} multiply-adds"
     )
 
 
-def _log_metrics(
-    job: Job, comparison: Comparison, ours: Sequence[float], theirs: Sequence[float]
+def _log_accuracies(
+    job: Job, comparison: Comparison, transferred: Sequence[Trained], tested: Tested
 ) -> None:
+    best = comparison.best
     metrics = {
-        **_bounds("test/accuracy", comparison.accuracy),
-        **_bounds("random/accuracy", comparison.random_accuracy),
-        **_bounds("relative_improvement", comparison.improvement),
-        "test/linear": comparison.linear_accuracy,
-        "val/accuracy": comparison.best.validation_accuracy,
-        "params": comparison.best.parameters,
-        "macs": comparison.best.macs,
-        "cost/training_seconds": comparison.training_seconds,
+        **tested.metrics(),
+        **with_bounds("relative_improvement", comparison.improvement),
+        "val/accuracy": fmean(trained.validation_accuracy for trained in transferred),
+        "model/val_accuracy": best.validation_accuracy,
+        "params": best.parameters,
+        "macs": best.macs,
     }
-    if all(len(set(accuracies)) > 1 for accuracies in (ours, theirs)):
-        metrics["p_value"] = welch_difference(ours, theirs).p_value
-    # one network a group has no interval
-    job.log.log_metrics({name: value for name, value in metrics.items() if isfinite(value)})
+    if all(len(set(accuracies)) > 1 for accuracies in (tested.transferred, tested.random)):
+        difference = welch_difference(tested.transferred, tested.random)
+        metrics["relative_improvement_p_value"] = difference.p_value
+    job.log.log_metrics(metrics)
 
 
-def _log_networks(job: Job, task: ImageTask, tested: Mapping[Trained, float]) -> None:
+def _log_costs(
+    job: Job, transferred: Sequence[Trained], random: Sequence[Trained], found: Found | None
+) -> None:
+    training = sum(trained.seconds for trained in transferred)
+    metrics = {
+        "cost/training_seconds": training,
+        "cost/baseline_seconds": sum(trained.seconds for trained in random),
+    }
+    if found is not None:
+        metrics |= {**found.metrics(), "cost/transfer_seconds": found.seconds + training}
+    job.log.log_metrics(metrics)
+
+
+def _log_networks(
+    job: Job,
+    task: ImageTask,
+    transferred: Sequence[Trained],
+    random: Sequence[Trained],
+    tested: Tested,
+) -> None:
+    networks, accuracies = [*transferred, *random], [*tested.transferred, *tested.random]
     rows = [
         {
             "label": trained.label,
@@ -121,25 +152,24 @@ def _log_networks(job: Job, task: ImageTask, tested: Mapping[Trained, float]) ->
             "macs": trained.macs,
             "seconds": trained.seconds,
         }
-        for trained, accuracy in tested.items()
+        for trained, accuracy in zip(networks, accuracies, strict=True)
     ]
     job.log.log_json({"target": task.name, "networks": rows}, "comparison.json")
 
 
 def _log_pictures(
-    job: Job,
-    networks: Sequence[Trained],
-    ours: tuple[float, ...],
-    theirs: tuple[float, ...],
-    linear: float,
+    job: Job, networks: Sequence[Trained], tested: Tested, found: Found | None
 ) -> None:
     rows = [
-        NetworkAccuracies(TRANSFERRED, TRANSFERRED, ours),
-        NetworkAccuracies(RANDOM, RANDOM, theirs),
+        NetworkAccuracies(TRANSFERRED, TRANSFERRED, tested.transferred),
+        NetworkAccuracies(RANDOM, RANDOM, tested.random),
     ]
-    job.log.log_figure(draw_comparison(rows, linear), "pictures/comparison.png")
+    job.log.log_figure(draw_comparison(rows, tested.linear), f"{PICTURES}/comparison.png")
+    job.log.log_artifact(tested.directory / CONFUSION, PICTURES)
+    if found is not None:
+        job.log.log_artifact(found.directory / ALPHAS, PICTURES)
     curves = draw_learning_curves({trained.label: trained.records for trained in networks})
-    job.log.log_figure(curves, "pictures/learning_curves.png")
+    job.log.log_figure(curves, f"{PICTURES}/learning_curves.png")
 
 
 def register_step(job: Job, task: ImageTask, comparison: Comparison, name: str) -> Registered:
@@ -153,7 +183,7 @@ def register_step(job: Job, task: ImageTask, comparison: Comparison, name: str) 
     if architecture.space == "darts":
         genotype = DartsSpace().genotype(architecture)
         job.log.log_json(genotype.to_json(), "genotype.json")
-        job.log.log_figure(draw_cells(genotype), "pictures/cells.png")
+        job.log.log_figure(draw_cells(genotype), f"{PICTURES}/cells.png")
     job.log.set_tags(
         {"lineage.training_run": best.run_id, "genotype.digest": architecture.genotype_digest}
     )
@@ -232,20 +262,13 @@ def _register(
     )
 
 
-def _bounds(name: str, interval: Interval) -> dict[str, float]:
-    return {
-        name: interval.mean,
-        f"{name}_low": interval.low,
-        f"{name}_high": interval.high,
-    }
-
-
 def summarise(
     job: Job,
     task: ImageTask,
     architecture: str,
     comparison: Comparison,
     registered: Registered,
+    found: Found | None,
 ) -> Summary:
     """The table that ends a job; ``architecture`` says what was trained."""
     best = comparison.best
@@ -262,6 +285,8 @@ def summarise(
         model_version=registered.version,
         model_alias=registered.alias,
         ui_command=ui_command(job.log.tracker),
+        source=found.source if found else None,
+        search_seconds=found.seconds if found else None,
     )
 
 

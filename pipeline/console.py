@@ -18,11 +18,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from nas.observer import BatchEvent, EpochRecord, Observer
+from nas.observer import VALIDATION, BatchEvent, EpochRecord, Observer
 from nas.statistics import Interval
 
 CONSOLE = Console(highlight=False)  # one for all, so that lines go above a running bar
 
+# How an epoch did: of a network that is trained, or of a search's supernet.
+VALIDATION_ACCURACIES = ("val/accuracy", "supernet/val_accuracy")
 _QUIET_SECONDS = 30  # without a terminal, a long epoch shows a line this often
 
 
@@ -81,51 +83,52 @@ class Observers(Observer):
             observer.on_warning(tag, message)
 
 
-class _Loop:
-    """Rate and time left of one loop, measured from the first event that was seen.
+class _Phase:
+    """Rate and time left of one phase of a loop, measured from the first event that was seen.
 
     A resumed loop enters with epochs done; they count as done, but not as speed.
     """
 
-    def __init__(self, event: BatchEvent, now: float) -> None:
-        self._started, self._done_before, self._images = now, _batches_done(event), 0
-        self.event, self._now = event, now
+    def __init__(self, event: BatchEvent) -> None:
+        self.event = event
+        self._seen_from, self._images, self._seconds = self.done, 0, 0.0
 
-    def update(self, event: BatchEvent, now: float) -> None:
+    def update(self, event: BatchEvent, seconds: float) -> None:
+        """``seconds`` since the event before, whichever phase that was of."""
+        self.event = event
         self._images += event.images
-        self.event, self._now = event, now
+        self._seconds += seconds
 
     @property
-    def rate(self) -> float | None:
-        """Images a second; None until it can be known."""
-        elapsed = self._now - self._started
-        return self._images / elapsed if elapsed > 0 else None
+    def done(self) -> int:
+        """Batches of all epochs."""
+        return self.event.epoch * self.event.batches + self.event.batch
 
     @property
-    def seconds_left(self) -> float | None:
-        """Of all epochs together; None until it can be known."""
-        done = _batches_done(self.event)
-        if done <= self._done_before:
-            return None
-        seconds_per_batch = (self._now - self._started) / (done - self._done_before)
-        return seconds_per_batch * (self.event.epochs * self.event.batches - done)
+    def total(self) -> int:
+        """Batches of all epochs, those to come among them."""
+        return self.event.epochs * self.event.batches
+
+    @property
+    def seconds_left(self) -> float:
+        """In all epochs together; 0 until it can be known."""
+        return self._seconds / max(1, self.done - self._seen_from) * (self.total - self.done)
 
     def figures(self) -> list[str]:
-        """Loss, accuracy, rate and time left in words; without those not known yet."""
-        rate, left = self.rate, self.seconds_left
-        figures = [f"loss {self.event.loss:.3f}", f"accuracy {self.event.accuracy:.1%}"]
-        if rate is not None:
-            figures.append(f"{rate:.0f} images/s")
-        if left:
-            figures.append(f"{human_seconds(left)} left")
+        """Loss, accuracy and rate in words; without a rate not known yet."""
+        what = "val loss" if self.event.phase == VALIDATION else "loss"
+        figures = [f"{what} {self.event.loss:.3f}", f"accuracy {self.event.accuracy:.1%}"]
+        if self._seconds > 0:
+            figures.append(f"{self._images / self._seconds:.0f} images/s")
         return figures
 
 
 class ProgressObserver(Observer):
     """A progress bar on a terminal, a plain line per epoch elsewhere.
 
-    Both tell rate, loss, accuracy, and the time left for all epochs of the loop together. Use it
-    as a context manager, so that the bar is gone from the terminal when an error is shown.
+    Both tell rate, loss, accuracy, and the time left for all epochs of the loop together, with
+    their validation. Use it as a context manager, so that the bar is gone from the terminal when
+    an error is shown.
 
     Args:
         description: what is under way, e.g. "search on mnist5k"; stands before the bar, and at
@@ -141,12 +144,12 @@ class ProgressObserver(Observer):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._description, self._console, self._clock = description, console, clock
-        self._loops: dict[str, _Loop] = {}  # by phase
-        self._current: _Loop | None = None  # the loop whose epochs are told
-        self._last_line = clock()
+        self._phases: dict[str, _Phase] = {}
+        self._learning: _Phase | None = None  # the one whose epochs are told
+        self._last_line = self._last_event = clock()
         self._warned: set[str] = set()
         self._bar: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
+        self._task: TaskID | None = None
 
     def __enter__(self) -> ProgressObserver:
         if self._console.is_interactive:
@@ -160,26 +163,29 @@ class ProgressObserver(Observer):
         trace: TracebackType | None,
     ) -> None:
         if self._bar:
-            _bars(self._console).leave(self._tasks.values())
+            _bars(self._console).leave([] if self._task is None else [self._task])
 
     def on_batch(self, event: BatchEvent) -> None:
         now = self._clock()
-        loop = self._loops.get(event.phase)
-        if loop is None:
-            loop = self._loops[event.phase] = _Loop(event, now)
+        phase = self._phases.get(event.phase)
+        if phase is None:
+            phase = self._phases[event.phase] = _Phase(event)
         else:
-            loop.update(event, now)
-        self._current = loop
+            phase.update(event, now - self._last_event)
+        self._last_event = now
+        if event.phase != VALIDATION:
+            self._learning = phase
         if self._bar:
-            self._move_bar(self._bar, loop)
+            self._move_bar(self._bar, phase)
         elif now - self._last_line >= _QUIET_SECONDS:
-            self._print_line(loop, f"batch {event.batch}/{event.batches}")
+            what = "validation batch" if event.phase == VALIDATION else "batch"
+            self._print_line(phase, f"{what} {event.batch}/{event.batches}")
 
     def on_epoch(self, record: EpochRecord) -> None:
-        if self._bar is None and self._current is not None:
-            validation = record.metrics.get("val/accuracy")
-            more = [] if validation is None else [f"validation {validation:.1%}"]
-            self._print_line(self._current, *more)
+        if self._bar is None and self._learning is not None:
+            accuracies = (record.metrics.get(name) for name in VALIDATION_ACCURACIES)
+            more = [f"validation {value:.1%}" for value in accuracies if value is not None]
+            self._print_line(self._learning, *more)
 
     def on_warning(self, tag: str, message: str) -> None:
         if tag not in self._warned:
@@ -187,21 +193,24 @@ class ProgressObserver(Observer):
             text = f"warning: {message}"
             self._console.print(text, style="yellow", markup=False, soft_wrap=True)
 
-    def _move_bar(self, bar: Progress, loop: _Loop) -> None:
-        event = loop.event
-        if event.phase not in self._tasks:
-            self._tasks[event.phase] = bar.add_task(self._description)
+    def _move_bar(self, bar: Progress, phase: _Phase) -> None:
+        if self._task is None:
+            self._task = bar.add_task(self._description)
         bar.update(
-            self._tasks[event.phase],
-            total=event.epochs * event.batches,
-            completed=_batches_done(event),
-            status=" ".join([_epoch(event), *loop.figures()]),
+            self._task,
+            total=sum(phase.total for phase in self._phases.values()),
+            completed=sum(phase.done for phase in self._phases.values()),
+            status=" ".join([_epoch(phase), *phase.figures(), *self._time_left()]),
         )
 
-    def _print_line(self, loop: _Loop, *more: str) -> None:
-        figures = ", ".join([_epoch(loop.event), *more, *loop.figures()])
+    def _print_line(self, phase: _Phase, *more: str) -> None:
+        figures = ", ".join([_epoch(phase), *more, *phase.figures(), *self._time_left()])
         say(f"{time.strftime('%H:%M:%S')} {self._description}: {figures}", self._console)
         self._last_line = self._clock()
+
+    def _time_left(self) -> list[str]:
+        left = sum(phase.seconds_left for phase in self._phases.values())
+        return [f"{human_seconds(left)} left"] if left else []
 
 
 @dataclass(frozen=True)
@@ -326,12 +335,8 @@ def counting(
             _bars(console).leave(tasks.values())
 
 
-def _batches_done(event: BatchEvent) -> int:
-    return event.epoch * event.batches + event.batch
-
-
-def _epoch(event: BatchEvent) -> str:
-    return f"epoch {event.epoch + 1}/{event.epochs}"
+def _epoch(phase: _Phase) -> str:
+    return f"epoch {phase.event.epoch + 1}/{phase.event.epochs}"
 
 
 class _BarAndStatus(ProgressColumn):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor
 from nas.data import Batches, ImageTask, fit_linear
 from nas.errors import ConfigurationError
 from nas.evaluation import Evaluation, accuracy, confusion_matrix
-from nas.statistics import Interval, proportion_interval
+from nas.statistics import Interval, mean_interval, proportion_interval
 from pipeline.console import counting, say
 from pipeline.figures import draw_confusion
 from pipeline.job import Job, Machine, open_job
@@ -21,44 +23,80 @@ from pipeline.networks import Trained
 from pipeline.registry import RegisteredNetwork, resolve
 from pipeline.settings import DataSettings
 from pipeline.steps import StepRun, run_step
+from pipeline.tracking import RunLog
 
 BATCH = 256
 RAW_IMAGES = 32  # read together: photographs may have many megabytes each
+CONFUSION = "pictures/confusion.png"
 
 
 @dataclass(frozen=True)
 class Tested:
-    """Test accuracies (0..1): one for each network in the order given, and a linear model's."""
+    """Test accuracies (0..1).
 
-    run_id: str
-    accuracies: tuple[float, ...]
+    Attributes:
+        transferred, random: one for each network, in the order given.
+        model: of the network to register, with the interval for so many test images.
+        linear: of a linear model.
+        directory: artifacts of the step, to be read only.
+    """
+
+    transferred: tuple[float, ...]
+    random: tuple[float, ...]
+    model: Interval
     linear: float
+    directory: Path
+
+    def metrics(self) -> dict[str, float]:
+        """By the names that runs share; the one that a comparison shows first stands first."""
+        return {
+            **with_bounds("test/accuracy", mean_interval(self.transferred)),
+            **with_bounds("random/test_accuracy", mean_interval(self.random)),
+            **with_bounds("model/test_accuracy", self.model),
+            "linear/test_accuracy": self.linear,
+        }
+
+
+def with_bounds(name: str, interval: Interval) -> dict[str, float]:
+    """``interval`` as metrics; of a single network there are no bounds."""
+    values = {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return {name: value for name, value in values.items() if isfinite(value)}
 
 
 def evaluation_step(
-    job: Job, task: ImageTask, networks: Sequence[Trained], chosen: Trained
+    job: Job,
+    task: ImageTask,
+    transferred: Sequence[Trained],
+    random: Sequence[Trained],
+    chosen: Trained,
 ) -> Tested:
     """Test every network once; the confusion matrix is that of ``chosen``.
 
     ``chosen`` was picked by its validation accuracy before this step began.
     """
     title = f"evaluate on {task.name}"
+    networks = [*transferred, *random]
 
     def body(step: StepRun) -> Mapping[str, Any]:
         step.log.log_dataset(task, "target")
         accuracies = []
+        correct = 0
         with counting(title) as progress:
             for position, network in enumerate(networks):
                 progress("networks tested", position, len(networks))
                 evaluation = test(job, task, network)
                 accuracies.append(evaluation.accuracy)
-                name = f"test/{network.group}"
-                step.log.log_metrics({name: evaluation.accuracy}, step=position)
                 if network is chosen:
-                    _log_chosen(step, task, evaluation)
-        linear = fit_linear(task).accuracy(task, "test")
-        step.log.log_metrics({"test/linear": linear})
-        return {"accuracies": accuracies, "linear": linear}
+                    correct = int((evaluation.predictions == evaluation.labels).sum())
+                    _log_confusion(step.log, task, evaluation.labels, evaluation.predictions)
+        results = {
+            "transferred": accuracies[: len(transferred)],
+            "random": accuracies[len(transferred) :],
+            "correct": correct,
+            "linear": fit_linear(task).accuracy(task, "test"),
+        }
+        step.log.log_metrics(_tested(task, results, step.directory).metrics())
+        return results
 
     outcome = run_step(
         "evaluate",
@@ -75,14 +113,22 @@ def evaluation_step(
         tags={"target": task.name},
         say=say,
     )
-    results = outcome.results
-    return Tested(outcome.run_id, tuple(results["accuracies"]), results["linear"])
+    return _tested(task, outcome.results, outcome.directory)
 
 
-def _log_chosen(step: StepRun, task: ImageTask, evaluation: Evaluation) -> None:
-    matrix = confusion_matrix(evaluation.labels, evaluation.predictions, len(task.classes))
-    step.log.log_figure(draw_confusion(matrix, task.classes), "pictures/confusion.png")
-    step.log.log_metrics({"test/accuracy": evaluation.accuracy})
+def _tested(task: ImageTask, results: Mapping[str, Any], directory: Path) -> Tested:
+    return Tested(
+        transferred=tuple(results["transferred"]),
+        random=tuple(results["random"]),
+        model=proportion_interval(results["correct"], len(task.splits.test)),
+        linear=results["linear"],
+        directory=directory,
+    )
+
+
+def _log_confusion(log: RunLog, task: ImageTask, labels: Tensor, predictions: Tensor) -> None:
+    matrix = confusion_matrix(labels, predictions, len(task.classes))
+    log.log_figure(draw_confusion(matrix, task.classes), CONFUSION)
 
 
 def test(job: Job, task: ImageTask, trained: Trained) -> Evaluation:
@@ -127,16 +173,15 @@ def evaluate(settings: EvaluateSettings, machine: Machine) -> Interval:
         labels = task.labels[task.splits.test]
         correct = int((predictions == labels).sum())
         interval = proportion_interval(correct, len(labels))
-        matrix = confusion_matrix(labels, predictions, len(task.classes))
-        job.log.log_figure(draw_confusion(matrix, task.classes), "pictures/confusion.png")
-        job.log.log_metrics(
+        _log_confusion(job.log, task, labels, predictions)
+        job.log.log_metrics(with_bounds("model/test_accuracy", interval))
+        job.log.set_tags(
             {
-                "test/accuracy": interval.mean,
-                "test/accuracy_low": interval.low,
-                "test/accuracy_high": interval.high,
+                "model.name": model.name,
+                "model.version": model.version,
+                "lineage.model_run": model.run_id,
             }
         )
-        job.log.set_tags({"model.version": model.version, "lineage.model_run": model.run_id})
         say(
             f"{model.name} version {model.version} on {task.name}: {interval.mean:.2%} of "
             f"{len(labels):,} test images [{interval.low:.2%}, {interval.high:.2%}]"

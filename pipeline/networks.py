@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.architecture import Architecture
-from nas.data import ImageTask
+from nas.data import ImageTask, TaskShape
 from nas.evaluation import count_macs, count_parameters
 from nas.observer import EpochRecord
 from nas.randomness import derive_seed
@@ -24,6 +24,26 @@ from pipeline.tuning import Proposal, is_failure, sampled_search
 
 NETWORK_FILE = "network.safetensors"
 TRANSFERRED, RANDOM = "transferred", "random"
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """Trainable parameters, and multiply-adds for one image; the fields are the metrics' names."""
+
+    params: int
+    macs: int
+
+
+def size_of(architecture: Architecture, shape: TaskShape) -> NetworkSize:
+    """How large the network of ``architecture`` is for images of ``shape``."""
+    network = find_space(architecture.space).meta_network(architecture, shape, auxiliary=False)
+    return NetworkSize(count_parameters(network), count_macs(network, shape))
+
+
+def network_parameters(architecture: Architecture) -> dict[str, Any]:
+    """What a run logs of the network that it found or trains: ``network.*``."""
+    skeleton = flat("network", asdict(architecture.skeleton))
+    return {**skeleton, "network.digest": architecture.digest}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +97,7 @@ def train_step(job: Job, task: ImageTask, candidate: Candidate) -> Trained:
         fresh=job.machine.fresh,
         params={
             "target": task.name,
-            "architecture": architecture.digest,
-            **flat("network", asdict(architecture.skeleton)),
+            **network_parameters(architecture),
             "seed": candidate.seed,
             **flat("train", config),
         },
@@ -97,7 +116,7 @@ def train_step(job: Job, task: ImageTask, candidate: Candidate) -> Trained:
         run_id=outcome.run_id,
         digest=step_digest("train", inputs),
         architecture=architecture,
-        validation_accuracy=results["val_accuracy"],
+        validation_accuracy=results["validation_accuracy"],
         seconds=results["seconds"],
         parameters=results["params"],
         macs=results["macs"],
@@ -128,15 +147,14 @@ def _train(job: Job, task: ImageTask, candidate: Candidate, step: StepRun) -> di
         step.log.log_figure(cells, "pictures/cells.png")
     curves = draw_learning_curves({candidate.label: result.records})
     step.log.log_figure(curves, "pictures/curves.png")
-    network = find_space(architecture.space).meta_network(architecture, task.shape, auxiliary=False)
-    values = {
-        "val_accuracy": result.validation_accuracy,
+    size = asdict(size_of(architecture, task.shape))
+    step.log.log_metrics({**size, "cost/training_seconds": result.seconds})
+    return {
+        **size,
+        "validation_accuracy": result.validation_accuracy,
         "seconds": result.seconds,
-        "params": count_parameters(network),
-        "macs": count_macs(network, task.shape),
+        "records": [dict(record.metrics) for record in result.records],
     }
-    step.log.log_metrics(values)
-    return {**values, "records": [dict(record.metrics) for record in result.records]}
 
 
 def train_beside_random(
@@ -185,7 +203,9 @@ def train_beside_random(
     )
     failed = {str(o.number): o.reason for o in outcomes if o.reason is not None}
     if failed:
-        say(f"{len(failed)} random networks could not be trained: {'; '.join(failed.values())}")
+        networks = "network" if len(failed) == 1 else "networks"
+        reasons = "; ".join(failed.values())
+        say(f"{len(failed)} random {networks} could not be trained: {reasons}")
         job.log.set_tags({"random.failed": json.dumps(failed)})
     scored = [random[o.number] for o in outcomes if o.score is not None]
     return job.team.finish(transferred), scored

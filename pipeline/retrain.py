@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nas.architecture import Skeleton
-from nas.data import ImageTask
+from nas.errors import TrackingError
 from pipeline.compare import Comparison, compare, finish, register_step, summarise
+from pipeline.console import say
 from pipeline.job import Job, Machine, flat, open_job
+from pipeline.search import Found, past_search, take_in
 from pipeline.settings import CompareSettings, DataSettings, StackSettings
 from pipeline.specification import RUN, read_architecture
 
@@ -42,21 +44,28 @@ def retrain(settings: RetrainSettings, machine: Machine) -> Comparison:
         },
         {"space": "darts", "target": target_name},
     ) as job:
-        given = read_architecture(settings.architecture, settings.skeleton, job.log.tracker)
+        name = settings.architecture
+        given = read_architecture(name, settings.skeleton, job.log.tracker)
         task = job.load(settings.target)
         job.log.log_dataset(task, "target")
-        job.log.set_tags(_lineage(job, settings.architecture, task))
-        comparison = compare(job, task, settings.stack.apply(given, task), settings.compare)
+        job.log.set_tags({"lineage.architecture": name})
+        found = _search_behind(job, name)
+        architecture = settings.stack.apply(given, task)
+        comparison = compare(job, task, architecture, settings.compare, found)
         registered = register_step(job, task, comparison, settings.compare.model_name)
-        finish(job, summarise(job, task, settings.architecture, comparison, registered))
+        finish(job, summarise(job, task, name, comparison, registered, found))
     return comparison
 
 
-def _lineage(job: Job, architecture: str, task: ImageTask) -> dict[str, str]:
-    tags = {"lineage.architecture": architecture, "lineage.target_digest": task.digest}
-    if architecture.startswith(RUN):
-        run_id = architecture.removeprefix(RUN)
-        run = job.log.tracker.run(run_id)
-        # a job names the search step in it; a search step is the search itself
-        tags["lineage.search_run"] = run.tags.get("lineage.search_run", run_id) if run else run_id
-    return tags
+def _search_behind(job: Job, architecture: str) -> Found | None:
+    """The search that found the cells, taken in as a transfer does; None where none is known."""
+    if not architecture.startswith(RUN):
+        return None
+    try:
+        found = past_search(job.log.tracker, architecture.removeprefix(RUN))
+    except TrackingError as error:
+        say(f"the search behind {architecture} is neither an input nor charged: {error}")
+        return None
+    job.log.log_datasets_of(found.run_id)
+    take_in(job, found)
+    return found

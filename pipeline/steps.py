@@ -25,7 +25,7 @@ import nas
 from nas.checkpoint import write_atomically
 from nas.errors import ConfigurationError, NASError, TrackingError
 from pipeline.process import Process
-from pipeline.tracking import RunLog, RunSummary
+from pipeline.tracking import RunLog, RunSummary, Tracker
 
 RESULTS = "results.json"
 FILES = "files.json"  # every artifact of the step and its size in bytes
@@ -186,13 +186,25 @@ def home() -> Path:
     return folder.absolute()
 
 
+def read_outcome(tracker: Tracker, past: RunSummary) -> StepOutcome | None:
+    """The outcome that ``past`` left in the store; None unless every file of it is there."""
+    try:
+        directory = tracker.artifacts(past.run_id)
+        sizes = _read_json(directory / FILES)
+        if any((directory / path).stat().st_size != size for path, size in sizes.items()):
+            return None
+        return StepOutcome(past.run_id, directory, _read_json(directory / RESULTS), reused=True)
+    except (TrackingError, OSError, ValueError):
+        return None
+
+
 def _reuse(
     name: str, digest: str, title: str, parent: RunLog, say: Callable[[str], None]
 ) -> StepOutcome | None:
     past = parent.tracker.find_finished(name, digest)
     if past is None:
         return None
-    outcome = _read_outcome(past, parent)
+    outcome = read_outcome(parent.tracker, past)
     if outcome is None:
         say(f"running {title} again: run {past.run_id[:8]} finished it, but its files are gone")
         return None
@@ -203,18 +215,6 @@ def _reuse(
         known = parent.tags().get(tag, "").split(",")
         parent.set_tags({tag: ",".join(dict.fromkeys(filter(None, [*known, past.run_id])))})
     return outcome
-
-
-def _read_outcome(past: RunSummary, parent: RunLog) -> StepOutcome | None:
-    """The outcome that ``past`` left in the store; None unless every file of it is there."""
-    try:
-        directory = parent.tracker.artifacts(past.run_id)
-        sizes = _read_json(directory / FILES)
-        if any((directory / path).stat().st_size != size for path, size in sizes.items()):
-            return None
-        return StepOutcome(past.run_id, directory, _read_json(directory / RESULTS), reused=True)
-    except (TrackingError, OSError, ValueError):
-        return None
 
 
 def _find_interrupted(

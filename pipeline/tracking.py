@@ -138,16 +138,22 @@ class RunLog:
         with self.tracker.reported(f"keep {path}"):
             self._client.log_text(self.run_id, text, path)
 
-    def log_artifact(self, path: Path) -> None:
-        """Log a file, or what is in a folder, at the root of the run's artifacts."""
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Log a file, or what is in a folder, under ``folder`` of the run's artifacts."""
         with self.tracker.reported(f"keep {path.name}"):
             log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-            log(self.run_id, str(path))
+            log(self.run_id, str(path), folder)
 
     def log_dataset(self, task: ImageTask, context: str) -> None:
         """Log ``task`` as a data-set input of the run, as "source" or "target"."""
         with self.tracker.reported("log a data set"):
             self._client.log_inputs(self.run_id, datasets=[dataset_input(task, context)])
+
+    def log_datasets_of(self, run_id: str) -> None:
+        """Log the data-set inputs of the run ``run_id`` as inputs of this one."""
+        with self.tracker.reported("log a data set"):
+            inputs = self._client.get_run(run_id).inputs
+            self._client.log_inputs(self.run_id, datasets=inputs.dataset_inputs if inputs else [])
 
     def log_output_model(self, name: str, path: Path) -> str:
         """Keep a file as a logged model that this run made; returns the model's id.

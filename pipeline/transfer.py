@@ -9,10 +9,10 @@ from nas.architecture import Architecture
 from nas.data import ImageTask, fit_linear
 from nas.errors import UnknownNameError
 from nas.search import Method, SearchConfig
-from pipeline.compare import Comparison, compare, finish, register_step, summarise
+from pipeline.compare import compare, finish, register_step, summarise
 from pipeline.console import Summary
-from pipeline.job import Job, Machine, flat, open_job
-from pipeline.search import SUPERNET_FILE, Found, search_step
+from pipeline.job import Machine, flat, open_job
+from pipeline.search import Found, search_step, take_in
 from pipeline.settings import CompareSettings, DataSettings, StackSettings
 
 
@@ -65,17 +65,14 @@ def transfer(settings: TransferSettings, machine: Machine) -> Summary:
         job.log.log_dataset(target, "target")
         found = search_step(job, source, settings.method, settings.search, settings.compare.seed)
         architecture = TRANSFERS[settings.transfer](found, target, settings)
-        _log_lineage(job, source, target, found)
-        comparison = compare(job, target, architecture, settings.compare)
+        take_in(job, found)
+        comparison = compare(job, target, architecture, settings.compare, found)
         registered = register_step(job, target, comparison, settings.compare.model_name)
         architecture_name = f"{settings.method.name}, {settings.transfer} transfer"
         summary = replace(
-            summarise(job, target, architecture_name, comparison, registered),
-            source=source_name,
+            summarise(job, target, architecture_name, comparison, registered, found),
             linear_source_accuracy=fit_linear(source).accuracy(source, "val"),
-            search_seconds=found.seconds,
         )
-        _log_costs(job, found, comparison)
         finish(job, summary)
     return summary
 
@@ -91,28 +88,3 @@ def _parameters(settings: TransferSettings) -> dict[str, object]:
         **flat("search", settings.search),
         **flat("train", settings.compare.training),
     }
-
-
-def _log_lineage(job: Job, source: ImageTask, target: ImageTask, found: Found) -> None:
-    """Everything the transfer took in, so that one can walk back from what it registers."""
-    job.log.set_tags(
-        {
-            "lineage.search_run": found.run_id,
-            "lineage.supernet": f"runs:/{found.run_id}/{SUPERNET_FILE}",
-            "lineage.genotype": f"runs:/{found.run_id}/genotype.json",
-            "lineage.source_digest": source.digest,
-            "lineage.target_digest": target.digest,
-        }
-    )
-    job.log.log_model_input(found.supernet_id)
-
-
-def _log_costs(job: Job, found: Found, comparison: Comparison) -> None:
-    """The search on the source is charged, also where an earlier job paid for it."""
-    job.log.log_metrics(
-        {
-            "search/seconds": found.seconds,
-            "search/val_accuracy": found.validation_accuracy,
-            "cost/transfer_seconds": found.seconds + comparison.training_seconds,
-        }
-    )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nas.data import Augmentation, Batch, Batches, ImageTask, halves
 from nas.hardware import peak_memory_mb
-from nas.loop import Meter, ResumableLoop
+from nas.loop import ResumableLoop
 from nas.observer import EpochRecord, Observer
 from nas.ops.backend import AUTO
 from nas.optimisation import (
@@ -34,6 +34,8 @@ from nas.search.method import Method, SearchConfig
 from nas.spaces import find_space
 from nas.spaces.darts.genotype import Genotype
 from nas.spaces.darts.supernet import Mixing, Supernet
+
+VALIDATIONS = 2  # an epoch: the mixed supernet's, and that of its discretised form
 
 Pair = tuple[Batch, Batch]  # a batch of the training half, one of the validation half
 
@@ -180,19 +182,27 @@ class BilevelSearch(ResumableLoop[Pair]):
         self.weight_optimiser.step()
         self.meter.add(loss, scores, train.labels)
 
-    def accuracy(self, mixing: Mixing) -> tuple[float, float]:
+    def accuracy(
+        self, mixing: Mixing, observer: Observer | None = None, part: int = 0
+    ) -> tuple[float, float]:
         """Loss and accuracy of the supernet under ``mixing`` on the validation half.
 
         Normalised by the statistics of each batch: the running ones were gathered under other
         mixing weights, and would measure how stale they are instead of how good the cell is.
+
+        Args:
+            part: which of the epoch's validations this is, for ``observer``.
         """
-        meter = Meter(self.device)
         self.supernet.train()
         with torch.no_grad():
-            for batch in self.evaluation_batches.epoch():
-                scores = self._scores(batch, mixing, update_statistics=False)
-                meter.add(F.cross_entropy(scores, batch.labels), scores, batch.labels)
-        return meter.read("the supernet on the validation half")
+            return self.validate(
+                lambda batch: self._scores(batch, mixing, update_statistics=False),
+                self.evaluation_batches,
+                observer or Observer(),
+                "the supernet on the validation half",
+                part=part,
+                parts=VALIDATIONS,
+            )
 
     def _scores(
         self,
@@ -240,8 +250,8 @@ class BilevelSearch(ResumableLoop[Pair]):
         loss, accuracy = self.meter.read(f"epoch {self.epoch + 1}")
         mixing = self.method.mixing(self.supernet).detach()
         genotype = self.supernet.derive(mixing)
-        validation_loss, validation_accuracy = self.accuracy(mixing)
-        _, discretised = self.accuracy(mixing.discretised(genotype))
+        validation_loss, validation_accuracy = self.accuracy(mixing, observer)
+        _, discretised = self.accuracy(mixing.discretised(genotype), observer, part=1)
         collapse = collapse_metrics(mixing, genotype)
         if collapse["skip/normal"] > self.config.skip_limit:
             observer.on_warning(
@@ -252,12 +262,12 @@ class BilevelSearch(ResumableLoop[Pair]):
             )
         self.mixing_history.append(mixing.operations.cpu())
         metrics = {
-            "train/loss": loss,
-            "train/accuracy": accuracy,
-            "val/loss": validation_loss,
-            "val/accuracy": validation_accuracy,
-            "discretised/accuracy": discretised,
-            "discretised/gap": validation_accuracy - discretised,
+            "supernet/train_loss": loss,
+            "supernet/train_accuracy": accuracy,
+            "supernet/val_loss": validation_loss,
+            "supernet/val_accuracy": validation_accuracy,
+            "supernet/discretised_accuracy": discretised,
+            "supernet/discretised_gap": validation_accuracy - discretised,
             **collapse,
             "lr": self.learning_rate,
             "images_per_second": 2 * self.meter.images / training_seconds,

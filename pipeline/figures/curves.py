@@ -68,13 +68,15 @@ def draw_search_curves(records: Sequence[EpochRecord]) -> Figure:
     """Loss, accuracy, entropy of alphas and skip connections over a search's epochs."""
     figure, (loss, accuracy, entropy, skips) = new_figure(6.4, rows=2, columns=2)
     quiet(loss, "loss", y="cross-entropy")
-    _draw_metric(loss, records, "train/loss", "train", BLUE)
-    _draw_metric(loss, records, "val/loss", "validation", VERMILLION)
+    _draw_metric(loss, records, "supernet/train_loss", "train", BLUE)
+    _draw_metric(loss, records, "supernet/val_loss", "validation", VERMILLION)
 
     quiet(accuracy, "accuracy", y="top-1 (%)")
-    _draw_metric(accuracy, records, "train/accuracy", "train", BLUE, scale=100)
-    _draw_metric(accuracy, records, "val/accuracy", "validation", VERMILLION, scale=100)
-    _draw_metric(accuracy, records, "discretised/accuracy", "discretised", GREEN, "--", scale=100)
+    _draw_metric(accuracy, records, "supernet/train_accuracy", "train", BLUE, scale=100)
+    _draw_metric(accuracy, records, "supernet/val_accuracy", "validation", VERMILLION, scale=100)
+    _draw_metric(
+        accuracy, records, "supernet/discretised_accuracy", "discretised", GREEN, "--", scale=100
+    )
 
     quiet(entropy, "entropy of alphas", y="mean over edges (nats)")
     _draw_metric(entropy, records, "alpha/entropy_normal", "normal cell", BLUE)

@@ -183,7 +183,9 @@ def test_the_page_of_a_run(page: Page, experiment: str, two_transfers: list[str]
     page.keep("ui-run")
 
 
-@pytest.mark.parametrize("picture", ["comparison", "learning_curves", "cells"])
+@pytest.mark.parametrize(
+    "picture", ["comparison", "learning_curves", "cells", "alphas", "confusion"]
+)
 def test_the_pictures_of_a_run(
     page: Page, experiment: str, two_transfers: list[str], picture: str
 ) -> None:
@@ -201,7 +203,7 @@ def test_two_runs_compared(page: Page, experiment: str, two_transfers: list[str]
     chosen = text.partition("Parameters:")[2].partition("Clear All")[0].split()
     assert "method" in chosen
     assert chosen[-1] == "test/accuracy"
-    for part in ("darts", "pcdarts", "search.supernet.partial", "random/accuracy", "macs"):
+    for part in ("darts", "pcdarts", "search.supernet.partial", "random/test_accuracy", "macs"):
         assert part in text, part
     page.keep("ui-compare")
 

@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import pytest
 from conftest import Finished
-from jobs import SEARCH, TRAINING, TRANSFER, Place, arguments, bits_of
+from jobs import ROOT, SEARCH, TRAINING, TRANSFER, Place, arguments, bits_of
 from mlflow.entities import Run
 from striped_images import write_stripes
 
 from pipeline.cli import main
 from pipeline.inputs import datasets_of
 from pipeline.lineage import lineage
+from pipeline.specification import ARCHITECTURE_FILE
 
 Children = Callable[[str], list[Run]]
 
-EPOCH_METRICS = {
-    "train/loss",
-    "train/accuracy",
-    "val/loss",
-    "val/accuracy",
-    "lr",
-    "images_per_second",
-    "epoch_seconds",
-    "peak_memory_mb",
-}
-COLLAPSE_METRICS = {
+LOOP_METRICS = {"lr", "images_per_second", "epoch_seconds", "peak_memory_mb"}
+TRAINING_METRICS = LOOP_METRICS | {"train/loss", "train/accuracy", "val/loss", "val/accuracy"}
+SEARCH_METRICS = LOOP_METRICS | {
+    "supernet/train_loss",
+    "supernet/train_accuracy",
+    "supernet/val_loss",
+    "supernet/val_accuracy",
+    "supernet/discretised_accuracy",
+    "supernet/discretised_gap",
     "alpha/entropy_normal",
     "alpha/entropy_reduce",
     "skip/normal",
     "skip/reduce",
-    "discretised/accuracy",
-    "discretised/gap",
 }
 
 
@@ -60,13 +59,13 @@ class TestTransfer:
     def test_it_ends_with_a_table(self, finished: Finished) -> None:
         output = re.sub(" +", " ", finished.output)
         metrics = finished.job.data.metrics
-        linear = f"{metrics['test/linear']:.2%}"
+        linear = f"{metrics['linear/test_accuracy']:.2%}"
         for row in (
             r" source digits \(linear model \d\d\.\d\d%, validation\)",
             rf" target animals \(linear model {linear}\)",
             r" architecture darts, cell transfer",
             rf" test accuracy {metrics['test/accuracy']:.2%} \(95% interval .* to .*%\), n = 2",
-            rf" random baseline {metrics['random/accuracy']:.2%} \(95% .*\), n = 2",
+            rf" random baseline {metrics['random/test_accuracy']:.2%} \(95% .*\), n = 2",
             r" relative improvement [+-]\d+\.\d\d% \(95% interval .*%\)",
             r" parameters \d+\.?\d* k",
             r" multiply-adds \d+\.?\d* k",
@@ -96,26 +95,45 @@ class TestTransfer:
 
     def test_metrics_by_epoch(self, finished: Finished, children: Children) -> None:
         (search,) = children("search")
-        for metric in EPOCH_METRICS | COLLAPSE_METRICS:
+        for metric in SEARCH_METRICS:
             assert history(finished, search, metric) == [0, 1], metric
         for training in children("train"):
-            for metric in EPOCH_METRICS:
+            for metric in TRAINING_METRICS:
                 assert history(finished, training, metric) == [0], metric
 
     def test_metrics_of_the_whole(self, finished: Finished, children: Children) -> None:
         metrics = finished.job.data.metrics
-        (search,) = children("search")
-        accuracies = [test for _, test in finished.bits.accuracies.values()]
-        assert metrics["test/accuracy"] == pytest.approx(sum(accuracies[:2]) / 2)
-        assert metrics["random/accuracy"] == pytest.approx(sum(accuracies[2:]) / 2)
+        (search,), (evaluation,) = children("search"), children("evaluate")
+        validated, tested = zip(*finished.bits.accuracies.values(), strict=True)
+        assert metrics["val/accuracy"] == pytest.approx(sum(validated[:2]) / 2)
+        assert metrics["test/accuracy"] == pytest.approx(sum(tested[:2]) / 2)
+        assert metrics["random/test_accuracy"] == pytest.approx(sum(tested[2:]) / 2)
+        assert metrics["model/val_accuracy"] == max(validated[:2])
+        best = validated.index(max(validated[:2]))
+        assert metrics["model/test_accuracy"] == tested[best]
+        assert metrics["model/test_accuracy_low"] < tested[best]
         assert metrics["relative_improvement"] == pytest.approx(
-            100 * (metrics["test/accuracy"] / metrics["random/accuracy"] - 1)
+            100 * (metrics["test/accuracy"] / metrics["random/test_accuracy"] - 1)
         )
-        assert metrics["search/seconds"] == search.data.metrics["search/seconds"]
+        for name in ("cost/search_seconds", "supernet/val_accuracy"):
+            assert metrics[name] == search.data.metrics[name]
         assert metrics["cost/transfer_seconds"] == pytest.approx(
-            metrics["search/seconds"] + metrics["cost/training_seconds"]
+            metrics["cost/search_seconds"] + metrics["cost/training_seconds"]
         )
-        assert {"params", "macs", "val/accuracy", "test/linear"} <= metrics.keys()
+        seconds = sum(run.data.metrics["cost/training_seconds"] for run in children("train"))
+        assert metrics["cost/training_seconds"] + metrics["cost/baseline_seconds"] == (
+            pytest.approx(seconds)
+        )
+        for name, value in evaluation.data.metrics.items():
+            assert metrics[name] == value, name
+        for run in children("train"):
+            assert run.data.metrics["val/accuracy"] in validated
+            assert run.data.params["network.cells"] == "3"
+        ours = [run for run in children("train") if run.data.tags["group"] == "transferred"]
+        for run in ours:
+            for name in ("params", "macs"):
+                assert run.data.metrics[name] == metrics[name]
+            assert run.data.params["network.digest"] == finished.job.data.params["network.digest"]
 
     def test_tags(self, finished: Finished) -> None:
         tags = finished.job.data.tags
@@ -143,9 +161,11 @@ class TestTransfer:
         (search,), (evaluation,) = children("search"), children("evaluate")
         assert pictures(finished, search) == {"alphas.png", "cells.png", "curves.png"}
         assert pictures(finished, evaluation) == {"confusion.png"}
-        assert pictures(finished, finished.job) >= {
+        assert pictures(finished, finished.job) == {
+            "alphas.png",
             "cells.png",
             "comparison.png",
+            "confusion.png",
             "learning_curves.png",
         }
         for training in children("train"):
@@ -239,34 +259,147 @@ def test_photographs_of_mixed_sizes(place: Place, capsys: pytest.CaptureFixture[
     )
 
 
-def test_search_retrain_evaluate(finished: Finished) -> None:
-    """A search, a network of other width from what it found, and a test of what was registered."""
-    place = finished.place
-    output = place.mlflow_run("search", SEARCH)
-    assert "reusing search on digits" in output  # the transfer has paid for it
+@dataclass(frozen=True)
+class Others:
+    """A search, a network of other width from what it found, and a test of what was registered.
+
+    ``transfer`` is the one that paid for the search.
+    """
+
+    transfer: Run
+    search: Run
+    retraining: Run
+    evaluation: Run
+    outputs: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def others(finished: Finished) -> Others:
+    place, client = finished.place, finished.place.client
+    transfer = [run for run in place.jobs() if "transfer" in run.data.tags][-1]
+    outputs = {"search": place.mlflow_run("search", SEARCH)}
     search = place.jobs()[-1]
-    run = f"run:{search.info.run_id}"
-    assert f"python -m pipeline retrain --architecture {run}" in output
-
-    output = place.mlflow_run(
-        "retrain", {**TRAINING, "architecture": run, "channels": 2, "seeds": 1}
+    architecture = f"run:{search.info.run_id}"
+    outputs["retrain"] = place.mlflow_run(
+        "retrain", {**TRAINING, "architecture": architecture, "channels": 2, "seeds": 1}
     )
-    assert "(one training: no interval), n = 1" in output
     retraining = place.jobs()[-1]
-    version = retraining.data.tags["model.version"]
-    assert f"nas-animals version {version}" in re.sub(" +", " ", output)
-    back = lineage(place.enter(), f"models:/nas-animals/{version}")
-    assert search.data.tags["lineage.search_run"] in {step.run_id for step in back.steps}
-    assert {data.name for data in back.datasets} == {"digits", "animals"}
-
-    output = place.mlflow_run(
-        "evaluate",
-        {"model": f"models:/nas-animals/{version}", "target": "animals", "target_limit": 300},
+    model = f"models:/nas-animals/{retraining.data.tags['model.version']}"
+    outputs["evaluate"] = place.mlflow_run(
+        "evaluate", {"model": model, "target": "animals", "target_limit": 300}
     )
-    evaluation = place.jobs()[-1]
-    rows = json.loads(
-        (place.enter().artifacts(retraining.info.run_id) / "comparison.json").read_text()
-    )["networks"]
-    assert evaluation.data.metrics["test/accuracy"] == rows[0]["test_accuracy"]
-    assert f"nas-animals version {version} on animals: {rows[0]['test_accuracy']:.2%}" in output
-    assert place.statuses() == {"FINISHED"}
+    jobs = (transfer, search, retraining, place.jobs()[-1])
+    # with their models, which a search leaves out
+    return Others(*(client.get_run(run.info.run_id) for run in jobs), outputs)
+
+
+class TestOtherEntryPoints:
+    def test_search(self, finished: Finished, others: Others) -> None:
+        search, transfer = others.search.data, others.transfer.data
+        assert "reusing search on digits" in others.outputs["search"]  # the transfer has paid
+        train = f"python -m pipeline retrain --architecture run:{others.search.info.run_id}"
+        assert train in others.outputs["search"]
+        assert pictures(finished, others.search) == {"alphas.png", "cells.png", "curves.png"}
+        for name, value in transfer.params.items():
+            if name.startswith("search."):
+                assert search.params[name] == value
+        for name in ("cost/search_seconds", "supernet/val_accuracy"):
+            assert search.metrics[name] == transfer.metrics[name]
+        assert {"params", "macs"} <= search.metrics.keys()
+        assert search.params["network.channels"] == "4"
+        assert search.tags["genotype.digest"] == transfer.tags["genotype.digest"]
+
+    def test_a_retrained_run_has_its_search_as_a_transfer_has(
+        self, finished: Finished, others: Others
+    ) -> None:
+        assert "(one training: no interval), n = 1" in others.outputs["retrain"]
+        assert re.search(r"source +digits *\n", others.outputs["retrain"])
+        assert re.search(r"search time +\d", others.outputs["retrain"])
+        retraining, transfer = others.retraining, others.transfer
+        for name in ("search_run", "supernet", "genotype", "source_digest", "target_digest"):
+            tag = f"lineage.{name}"
+            assert retraining.data.tags[tag] == transfer.data.tags[tag]
+        assert retraining.inputs.model_inputs == transfer.inputs.model_inputs
+        assert {(d.name, d.context) for d in datasets_of(retraining)} == {
+            ("digits", "source"),
+            ("animals", "target"),
+        }
+        metrics = retraining.data.metrics
+        assert metrics["cost/search_seconds"] == transfer.data.metrics["cost/search_seconds"]
+        assert metrics["cost/transfer_seconds"] == pytest.approx(
+            metrics["cost/search_seconds"] + metrics["cost/training_seconds"]
+        )
+        assert "alphas.png" in pictures(finished, retraining)
+        version = retraining.data.tags["model.version"]
+        output = re.sub(" +", " ", others.outputs["retrain"])
+        assert f"nas-animals version {version}" in output
+        back = lineage(finished.place.enter(), f"models:/nas-animals/{version}")
+        assert back.tags["lineage.supernet"] == transfer.data.tags["lineage.supernet"]
+        search_run = transfer.data.tags["lineage.search_run"]
+        assert search_run in {step.run_id for step in back.steps}
+        assert {data.name for data in back.datasets} == {"digits", "animals"}
+
+    def test_an_architecture_whose_search_is_not_known(
+        self, finished: Finished, others: Others, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tracker = finished.place.enter()
+        with tracker.open_run("from elsewhere") as log:
+            log.log_artifact(tracker.artifacts(others.search.info.run_id) / ARCHITECTURE_FILE)
+        options = {**TRAINING, "architecture": f"run:{log.run_id}", "channels": 2, "seeds": 1}
+        assert main(["retrain", *arguments(options)]) == 0
+        output = capsys.readouterr().out
+        assert (
+            f"the search behind run:{log.run_id} is neither an input nor charged: the run names "
+            "no search that its cells come from\n"
+        ) in output
+        assert "search time" not in output
+        job = finished.place.jobs()[-1]
+        assert not {"cost/search_seconds", "cost/transfer_seconds"} & job.data.metrics.keys()
+        assert "lineage.search_run" not in job.data.tags
+
+    def test_evaluate(self, finished: Finished, others: Others) -> None:
+        tracker = finished.place.enter()
+        artifacts = tracker.artifacts(others.retraining.info.run_id)
+        rows = json.loads((artifacts / "comparison.json").read_text())["networks"]
+        metrics = others.evaluation.data.metrics
+        assert metrics["model/test_accuracy"] == rows[0]["test_accuracy"]
+        for name, value in metrics.items():
+            assert others.retraining.data.metrics[name] == value, name
+        version = others.retraining.data.tags["model.version"]
+        said = f"nas-animals version {version} on animals: {rows[0]['test_accuracy']:.2%}"
+        assert said in others.outputs["evaluate"]
+        assert finished.place.statuses() == {"FINISHED"}
+
+
+def documented(heading: str) -> set[str]:
+    """The names in the first column of a table of docs/tracking.md."""
+    section = (ROOT / "docs" / "tracking.md").read_text().partition(f"## {heading}\n")[2]
+    rows = re.findall(r"^\|([^|]*)\|", section.partition("\n## ")[0], re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def unknown(names: Iterable[str], patterns: set[str]) -> set[str]:
+    return {name for name in names if not any(fnmatchcase(name, p) for p in patterns)}
+
+
+@pytest.mark.usefixtures("others")
+class TestNames:
+    """Every name that runs log is documented, and every documented name is logged."""
+
+    def test_metrics(self, finished: Finished) -> None:
+        logged = {name for run in finished.place.runs() for name in run.data.metrics}
+        patterns = documented("Metrics")
+        assert unknown(logged, patterns) == set()
+        # so short a job may have no accuracies that differ, and no step that is sampled
+        missing = patterns - logged - {"relative_improvement_p_value", "system/*"}
+        assert missing == set()
+
+    def test_parameters(self, finished: Finished) -> None:
+        assert documented("Parameters") == {
+            name for run in finished.place.runs() for name in run.data.params
+        }
+
+    def test_tags(self, finished: Finished) -> None:
+        logged = {name for run in finished.place.runs() for name in run.data.tags}
+        ours = {name for name in logged if not name.startswith("mlflow.")}
+        assert unknown(ours, documented("Tags")) == set()

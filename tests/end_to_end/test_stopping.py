@@ -141,7 +141,7 @@ def test_a_random_network_that_diverges_is_replaced(
 ) -> None:
     diverge(monkeypatch, {derive_seed(0, "random baseline", 0) % 2**31})
     assert main(["retrain", *arguments(RETRAIN)]) == 0
-    assert "1 random networks could not be trained: the loss is not finite" in (
+    assert "1 random network could not be trained: the loss is not finite" in (
         capsys.readouterr().out
     )
     job = place.jobs()[-1]

@@ -90,6 +90,13 @@ def test_killed_at_any_batch(
     assert loop.records == undisturbed.records
 
 
+def test_a_gpu_is_read_now_and_then_and_at_the_end() -> None:
+    loop = Counting()
+    assert [batch for batch in range(1, 4) if loop._is_due(batch, 3)] == [1, 2, 3]
+    loop.device = torch.device("cuda")  # each reading waits for it
+    assert [batch for batch in range(1, 26) if loop._is_due(batch, 25)] == [10, 20, 25]
+
+
 def test_an_epoch_is_reported_once_it_is_safe(tmp_path: Path) -> None:
     saved: list[tuple[int, int]] = []
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import nas.loop
 from nas.architecture import Architecture, Skeleton
-from nas.data import ImageTask
+from nas.data import Batches, ImageTask
 from nas.errors import CheckpointError, ConfigurationError, NonFiniteLossError, UnknownNameError
 from nas.observer import BatchEvent, EpochRecord, Observer
 from nas.spaces import DartsSpace
@@ -34,6 +34,8 @@ class KilledError(Exception):
 
 
 class Killer(Observer):
+    """Ends the training after so many batches, those of its validations among them."""
+
     def __init__(self, after: int) -> None:
         self.left = after
 
@@ -168,6 +170,46 @@ def test_it_learns_from_train_and_reports_validation(few_digits: ImageTask) -> N
     assert metrics["val/accuracy"] == pytest.approx(accuracy)
 
 
+def test_losses_are_reported_without_label_smoothing(few_digits: ImageTask) -> None:
+    config = replace(CONFIG, epochs=1, drop_path=0.0, label_smoothing=0.4)
+    training = make(few_digits, config)
+    twin = copy.deepcopy(training.network).train()
+    batch = next(training.train_batches.epoch())
+    training.batches()
+    training.step(batch)
+    assert training.meter.read("here")[0] == pytest.approx(
+        F.cross_entropy(twin(batch.images), batch.labels).item(), rel=1e-5
+    )
+    training = make(few_digits, config)
+    metrics = training.run().records[0].metrics
+    (batch,) = training.validation_batches.epoch()
+    with torch.no_grad():
+        scores = training.network.eval()(batch.images)
+    assert metrics["val/loss"] == pytest.approx(F.cross_entropy(scores, batch.labels).item())
+
+
+def test_validation_is_told_batch_by_batch(few_digits: ImageTask) -> None:
+    seen: list[BatchEvent] = []
+
+    class Watch(Observer):
+        def on_batch(self, event: BatchEvent) -> None:
+            seen.append(event)
+
+    training = make(few_digits, replace(CONFIG, epochs=1))
+    training.validation_batches = Batches(
+        few_digits, few_digits.splits.val, 12, seed=0, stream="validation"
+    )
+    images = len(few_digits.splits.val)
+    metrics = training.run(observer=Watch()).records[0].metrics
+    assert [event.phase for event in seen] == 4 * ["training"] + -(-images // 12) * ["validation"]
+    validation = seen[4:]
+    assert [event.batch for event in validation] == list(range(1, len(validation) + 1))
+    assert {event.batches for event in validation} == {len(validation)}
+    assert sum(event.images for event in validation) == images
+    assert validation[-1].loss == metrics["val/loss"]
+    assert validation[-1].accuracy == metrics["val/accuracy"]
+
+
 # ---- repeatable and resumable ----
 
 
@@ -183,7 +225,10 @@ def test_a_seed_decides_every_bit(few_digits: ImageTask, undisturbed: dict[str, 
     assert other["network.classifier.weight"] != undisturbed["network.classifier.weight"]
 
 
-@pytest.mark.parametrize(("kill", "every_batch"), [(2, True), (5, True), (7, False), (8, True)])
+# 4 batches of training and 1 of validation an epoch: the fifth and the tenth are validations
+@pytest.mark.parametrize(
+    ("kill", "every_batch"), [(2, True), (5, True), (7, False), (8, True), (10, True)]
+)
 def test_killed_and_resumed_ends_with_the_same_bits(
     kill: int,
     every_batch: bool,
@@ -209,7 +254,7 @@ def test_a_checkpoint_of_another_training_is_refused(
     other: dict[str, object], few_digits: ImageTask, tmp_path: Path
 ) -> None:
     with pytest.raises(KilledError):
-        make(few_digits).run(tmp_path / "c", Killer(5))
+        make(few_digits).run(tmp_path / "c", Killer(6))
     with pytest.raises(CheckpointError, match="another training"):
         make(few_digits, **other).run(tmp_path / "c")  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ from threading import Barrier
 import pytest
 from rich.console import Console
 
-from nas.observer import BatchEvent, EpochRecord, Observer
+from nas.observer import VALIDATION, BatchEvent, EpochRecord, Observer
 from nas.statistics import Interval
 from pipeline.console import (
     Observers,
@@ -174,6 +174,45 @@ def test_a_resumed_loop_counts_only_its_own_batches_as_speed(clock: Clock) -> No
     assert "64 images/s, 10 s left" in text_of(console)
 
 
+def epochs_with_validation(clock: Clock, observer: ProgressObserver, epochs: int) -> None:
+    """Three batches of a second each, then three of validation of ten seconds each."""
+    for epoch in range(epochs):
+        for event in list(batches(epoch, epochs, per_epoch=3))[:3]:
+            clock.now += 1
+            observer.on_batch(event)
+        for event in list(batches(epoch, epochs, per_epoch=3, phase=VALIDATION))[:3]:
+            clock.now += 10
+            observer.on_batch(replace(event, loss=0.75, accuracy=0.625))
+        observer.on_epoch(EpochRecord(epoch, {"supernet/val_accuracy": 0.625}))
+
+
+def test_a_long_validation_shows_lines_of_its_own(clock: Clock) -> None:
+    console = make_console(terminal=False)
+    observer = ProgressObserver("training", console, clock)
+    epochs_with_validation(clock, observer, epochs=2)
+    lines = [line.partition("training: ")[2] for line in text_of(console).splitlines()]
+    # 6.4 images/s: 64 in each ten seconds. Left: three batches of a second, three of ten.
+    assert lines == [
+        "epoch 1/2, validation batch 3/3, val loss 0.750, accuracy 62.5%, 6 images/s, 33 s left",
+        "epoch 1/2, validation 62.5%, loss 1.250, accuracy 50.0%, 64 images/s, 33 s left",
+        "epoch 2/2, validation batch 3/3, val loss 0.750, accuracy 62.5%, 6 images/s",
+        "epoch 2/2, validation 62.5%, loss 1.250, accuracy 50.0%, 64 images/s",
+    ]
+
+
+def test_a_bar_moves_during_validation(clock: Clock) -> None:
+    console = make_console(terminal=True)
+    with ProgressObserver("training", console, clock) as observer:
+        epochs_with_validation(clock, observer, epochs=2)
+        assert observer._bar is not None
+        (task,) = observer._bar.tasks
+        assert (task.completed, task.total) == (12, 12)
+        for phase, loss in (("train", "loss 1.250"), (VALIDATION, "val loss 1.250")):
+            observer.on_batch(next(batches(1, 2, per_epoch=3, phase=phase)))
+            assert task.fields["status"].startswith(f"epoch 2/2 {loss} accuracy 50.0%")
+            assert task.completed < 12
+
+
 def test_counted_work_shows_a_line_where_it_lasts(clock: Clock) -> None:
     console = make_console(terminal=False)
     with counting("reading pets", console, clock) as progress:
@@ -221,16 +260,17 @@ def test_a_terminal_shows_a_bar_over_all_epochs(clock: Clock) -> None:
     assert "…" not in output
 
 
-def test_the_widest_status_fits_80_columns(clock: Clock) -> None:
+@pytest.mark.parametrize(("phase", "loss"), [("training", "loss"), (VALIDATION, "val loss")])
+def test_the_widest_status_fits_80_columns(clock: Clock, phase: str, loss: str) -> None:
     console = make_console(terminal=True)
     with ProgressObserver("train transferred, seed 0 on animals", console, clock) as observer:
-        for event in list(batches(99, epochs=600, per_epoch=400))[:30]:
+        for event in list(batches(99, epochs=600, per_epoch=400, phase=phase))[:30]:
             clock.now += 0.4
             observer.on_batch(replace(event, images=4938, accuracy=0.999))
         assert observer._bar is not None
         observer._bar.refresh()
     output = text_of(console)
-    assert "epoch 100/600 loss 1.250 accuracy 99.9% 12345 images/s 22 h 15 min left" in output
+    assert f"epoch 100/600 {loss} 1.250 accuracy 99.9% 12345 images/s 22 h 15 min left" in output
 
 
 def test_loops_side_by_side_share_one_display(clock: Clock) -> None:
@@ -245,12 +285,10 @@ def test_loops_side_by_side_share_one_display(clock: Clock) -> None:
             assert bars is not None
             first.on_batch(event)
             second.on_batch(replace(event, batch=7))
-            second.on_batch(replace(event, phase="search", epochs=1, batch=10))
             bars.refresh()
             assert [(task.description, task.completed, task.total) for task in bars.tasks] == [
                 ("train transferred, seed 0", 1, 40),
                 ("train random 0", 7, 40),
-                ("train random 0", 10, 10),
             ]
         # whoever ends takes its own bars away and leaves the display to the others
         assert [task.description for task in bars.tasks] == ["train transferred, seed 0"]

@@ -35,15 +35,28 @@ def make_records(epochs: int, factor: float = 1.0) -> list[EpochRecord]:
             epoch,
             {
                 "train/loss": factor * (2.0 - 0.1 * epoch),
-                "val/loss": factor * (2.1 - 0.1 * epoch),
-                "train/accuracy": 0.1 + 0.02 * epoch,
                 "val/accuracy": factor * (0.1 + 0.01 * epoch),
+            },
+        )
+        for epoch in range(epochs)
+    ]
+
+
+def make_search_records(epochs: int) -> list[EpochRecord]:
+    return [
+        EpochRecord(
+            epoch,
+            {
+                "supernet/train_loss": 2.0 - 0.1 * epoch,
+                "supernet/val_loss": 2.1 - 0.1 * epoch,
+                "supernet/train_accuracy": 0.1 + 0.02 * epoch,
+                "supernet/val_accuracy": 0.1 + 0.01 * epoch,
                 "alpha/entropy_normal": 2.07 - 0.05 * epoch,
                 "alpha/entropy_reduce": 2.07 - 0.03 * epoch,
                 "skip/normal": float(epoch // 2),
                 "skip/reduce": 1.0,
                 # discretised networks are evaluated every second epoch only
-                **({"discretised/accuracy": 0.05 * epoch} if epoch % 2 == 0 else {}),
+                **({"supernet/discretised_accuracy": 0.05 * epoch} if epoch % 2 == 0 else {}),
             },
         )
         for epoch in range(epochs)
@@ -162,7 +175,7 @@ def test_alphas_tell_operations_apart() -> None:
 
 def test_search_curves_show_each_metric() -> None:
     loss, accuracy, entropy, skips = (
-        lines_of(axes) for axes in draw_search_curves(make_records(6)).axes
+        lines_of(axes) for axes in draw_search_curves(make_search_records(6)).axes
     )
     assert list(loss) == ["train", "validation"]
     np.testing.assert_allclose(loss["validation"][:, 1], [2.1, 2.0, 1.9, 1.8, 1.7, 1.6])
@@ -172,11 +185,11 @@ def test_search_curves_show_each_metric() -> None:
     assert skips["normal cell"][:, 1].tolist() == [0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("records", [[], make_records(1), [EpochRecord(0, {"lr": 0.1})]])
+@pytest.mark.parametrize("records", [[], make_search_records(1), [EpochRecord(0, {"lr": 0.1})]])
 def test_search_curves_of_little_are_drawn(records: list[EpochRecord]) -> None:
     figure = draw_search_curves(records)
     figure.savefig(io.BytesIO(), format="png")
-    if len(records) == 1 and "train/loss" in records[0].metrics:
+    if len(records) == 1 and "supernet/train_loss" in records[0].metrics:
         # a line of one point shows only by its marker
         assert all(line.get_marker() == "o" for axes in figure.axes for line in axes.get_lines())
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nas.data import Batch, ImageTask
-from nas.observer import BatchEvent, EpochRecord, Observer
+from nas.observer import VALIDATION, BatchEvent, EpochRecord, Observer
 from nas.search import BilevelSearch, Method, SearchConfig, SearchResult, find_method
 from nas.spaces.darts.supernet import SupernetConfig
 
@@ -26,13 +26,13 @@ class KilledError(Exception):
 
 
 class Killer(Observer):
-    """Ends the search after so many batches, counted over its epochs."""
+    """Ends the search after so many batches of a phase, counted over its epochs."""
 
-    def __init__(self, after: int) -> None:
-        self.left = after
+    def __init__(self, after: int, phase: str = "search") -> None:
+        self.left, self.phase = after, phase
 
     def on_batch(self, event: BatchEvent) -> None:
-        self.left -= 1
+        self.left -= event.phase == self.phase
         if self.left == 0:
             raise KilledError
 
@@ -42,11 +42,12 @@ class Listener(Observer):
 
     def __init__(self) -> None:
         self.batches: list[BatchEvent] = []
+        self.validations: list[BatchEvent] = []
         self.epochs: list[EpochRecord] = []
         self.warnings: list[tuple[str, str]] = []
 
     def on_batch(self, event: BatchEvent) -> None:
-        self.batches.append(event)
+        (self.validations if event.phase == VALIDATION else self.batches).append(event)
 
     def on_epoch(self, record: EpochRecord) -> None:
         self.epochs.append(record)

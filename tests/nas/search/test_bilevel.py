@@ -193,17 +193,32 @@ def test_records_and_events(few_digits: ImageTask) -> None:
     assert {(e.phase, e.epochs, e.batches, e.images) for e in listener.batches} == {
         ("search", 2, search.steps, 80)
     }
+    # the supernet, then its discretised form
+    batches = 2 * len(search.evaluation_batches)
+    assert [(e.phase, e.epoch, e.batch, e.batches, e.images) for e in listener.validations] == [
+        ("validation", epoch, batch, batches, 40)
+        for epoch in range(2)
+        for batch in range(1, batches + 1)
+    ]
+    for record in result.records:
+        mixed, discretised = (
+            listener.validations[batches * record.epoch + last].accuracy
+            for last in (batches // 2 - 1, batches - 1)
+        )
+        assert mixed == record.metrics["supernet/val_accuracy"]
+        assert discretised == record.metrics["supernet/discretised_accuracy"]
     assert listener.epochs == list(result.records)
     for record in result.records:
         metrics = record.metrics
         assert set(metrics) == {
-            "train/loss", "train/accuracy", "val/loss", "val/accuracy", "discretised/accuracy",
-            "discretised/gap", "alpha/entropy_normal", "alpha/entropy_reduce", "skip/normal",
-            "skip/reduce", "lr", "images_per_second", "epoch_seconds", "peak_memory_mb",
+            "supernet/train_loss", "supernet/train_accuracy", "supernet/val_loss",
+            "supernet/val_accuracy", "supernet/discretised_accuracy", "supernet/discretised_gap",
+            "alpha/entropy_normal", "alpha/entropy_reduce", "skip/normal", "skip/reduce", "lr",
+            "images_per_second", "epoch_seconds", "peak_memory_mb",
         }  # fmt: skip
         assert all(math.isfinite(value) for value in metrics.values())
-        gap = metrics["val/accuracy"] - metrics["discretised/accuracy"]
-        assert metrics["discretised/gap"] == pytest.approx(gap)
+        gap = metrics["supernet/val_accuracy"] - metrics["supernet/discretised_accuracy"]
+        assert metrics["supernet/discretised_gap"] == pytest.approx(gap)
     assert result.mixing_history.shape == (2, 2, 14, 8)
     mixing = search.method.mixing(search.supernet)
     assert torch.equal(result.mixing_history[-1], mixing.operations)
@@ -298,8 +313,9 @@ def test_a_search_on_real_digits_learns(tmp_path: Path) -> None:
     supernet = SupernetConfig(channels=8, cells=3, partial=4, edge_normalisation=True)
     settings = {"epochs": 4, "batch_size": 32, "crop_padding": 0, "warmup_epochs": 3}
     records = make_search(digits, "pcdarts", supernet=supernet, **settings).run().records
-    assert records[-1].metrics["val/accuracy"] > 0.4
-    assert records[-1].metrics["train/loss"] < 0.7 * records[0].metrics["train/loss"]
+    losses = [record.metrics["supernet/train_loss"] for record in records]
+    assert records[-1].metrics["supernet/val_accuracy"] > 0.4
+    assert losses[-1] < 0.7 * losses[0]
 
 
 @pytest.mark.gpu
@@ -309,6 +325,6 @@ def test_searches_on_a_gpu(method: str, few_digits: ImageTask, tmp_path: Path) -
     search = make_search(few_digits, method, device=torch.device("cuda"), epochs=1)
     result = search.run(tmp_path / "c")
     assert result.supernet.alphas.is_cuda
-    assert math.isfinite(result.records[0].metrics["val/loss"])
+    assert math.isfinite(result.records[0].metrics["supernet/val_loss"])
     again = make_search(few_digits, method, device=torch.device("cuda"), epochs=1)
     assert outcome(again.run(tmp_path / "c")) == outcome(result)

@@ -13,6 +13,7 @@ from searches import KilledError, Killer, Listener, make_search, outcome
 import nas.loop
 from nas.data import ImageTask
 from nas.errors import CheckpointError
+from nas.observer import VALIDATION
 from nas.search import METHODS, BilevelSearch, Method
 from nas.spaces.darts.supernet import SupernetConfig
 
@@ -85,6 +86,16 @@ def test_killed_after_the_last_batch_of_an_epoch(
     search = make_search(few_digits, "darts")
     assert outcome(search.run(tmp_path / "c", listener)) == undisturbed["darts"]
     assert len(listener.batches) == search.steps  # of the second epoch only
+
+
+def test_killed_in_a_validation(
+    few_digits: ImageTask, undisturbed: dict[str, dict[str, object]], tmp_path: Path
+) -> None:
+    """Of the second epoch, half way through its discretised supernet."""
+    batches = len(make_search(few_digits).evaluation_batches)
+    with pytest.raises(KilledError):
+        make_search(few_digits).run(tmp_path / "c", Killer(4 * batches - 1, VALIDATION))
+    assert outcome(make_search(few_digits).run(tmp_path / "c")) == undisturbed["darts"]
 
 
 def test_a_finished_search_is_only_read(few_digits: ImageTask, tmp_path: Path) -> None:
