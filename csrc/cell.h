@@ -88,6 +88,7 @@ struct CellForward {
   T* mean;                             // flat; what was normalised by
   T* reciprocal_deviation;             // 1 / sqrt(variance + epsilon)
   T* variance;                         // unbiased, for the running variance
+  T* kept;                             // what backward reads again, or null where none will come
 };
 
 template <typename T>
@@ -104,6 +105,7 @@ struct CellBackward {
   const T* states;
   const T* mean;
   const T* reciprocal_deviation;
+  const T* kept;
   const T* output_gradient;            // [N, h, w, 4 C]
   T* before_gradient;                  // null: not asked for, and not paid for
   T* previous_gradient;                // null or not like before_gradient
@@ -116,6 +118,7 @@ struct CellBackward {
 struct Kernels {
   const char* name;
   int64_t (*workspace_bytes)(const CellShape& shape, int64_t threads, bool is_double);
+  int64_t (*kept_numbers)(const CellShape& shape);
   void (*forward_float)(const CellForward<float>&, const ThreadPool&, void* workspace);
   void (*forward_double)(const CellForward<double>&, const ThreadPool&, void* workspace);
   void (*backward_float)(const CellBackward<float>&, const ThreadPool&, void* workspace);

@@ -101,11 +101,20 @@ void run(const CellForward<double>& call) { run(call, kernels().forward_double, 
 void run(const CellBackward<float>& call) { run(call, kernels().backward_float, false); }
 void run(const CellBackward<double>& call) { run(call, kernels().backward_double, true); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell(
+// Memory for what the backward pass reads again; it goes back to its pool with the tensor.
+Tensor make_kept(const CellShape& shape, const at::TensorOptions& options, bool keep) {
+  if (!keep) return at::empty({0}, options);
+  const int64_t numbers = kernels().kept_numbers(shape);
+  const int64_t bytes = numbers * static_cast<int64_t>(options.dtype().itemsize());
+  return at::from_blob(
+      borrow(bytes), {numbers}, [bytes](void* piece) { give_back(piece, bytes); }, options);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell(
     const Tensor& before, const Tensor& previous, const Tensor& weights,
     const Tensor& running_mean, const Tensor& running_variance, const Tensor& operations,
     const Tensor& bypass, const optional<Tensor>& active, int64_t channels, int64_t partial,
-    bool reduction, bool previous_reduction, bool training) {
+    bool reduction, bool previous_reduction, bool training, bool keep) {
   const CellShape shape = check_shape(before, previous, weights, operations, bypass, active,
                                       channels, partial, reduction, previous_reduction);
   check_tensor(running_mean, "running_mean", {shape.statistics()}, weights);
@@ -119,6 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell(
   Tensor states = at::empty({2, shape.images, shape.height, shape.width, channels}, weights.options());
   Tensor mean = at::empty_like(running_mean), deviation = at::empty_like(running_mean),
          variance = at::empty_like(running_mean);
+  Tensor kept = make_kept(shape, weights.options(), keep);
   AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "mixed_cell", [&] {
     CellForward<scalar_t> call{};
     call.shape = shape;
@@ -136,17 +146,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell(
     call.mean = mean.mutable_data_ptr<scalar_t>();
     call.reciprocal_deviation = deviation.mutable_data_ptr<scalar_t>();
     call.variance = variance.mutable_data_ptr<scalar_t>();
+    call.kept = keep ? kept.mutable_data_ptr<scalar_t>() : nullptr;
     run(call);
   });
-  return {output, states, mean, deviation, variance};
+  return {output, states, mean, deviation, variance, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell_backward(
     const Tensor& gradient, const Tensor& before, const Tensor& previous, const Tensor& weights,
     const Tensor& operations, const Tensor& bypass, const optional<Tensor>& active,
     const Tensor& output, const Tensor& states, const Tensor& mean,
-    const Tensor& reciprocal_deviation, int64_t channels, int64_t partial, bool reduction,
-    bool previous_reduction, bool training, bool need_before, bool need_previous,
+    const Tensor& reciprocal_deviation, const Tensor& kept, int64_t channels, int64_t partial,
+    bool reduction, bool previous_reduction, bool training, bool need_before, bool need_previous,
     bool need_weights, bool need_mixing) {
   const CellShape shape = check_shape(before, previous, weights, operations, bypass, active,
                                       channels, partial, reduction, previous_reduction);
@@ -158,6 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell_backward(
   check_tensor(states, "states", {2, shape.images, shape.height, shape.width, channels}, weights);
   check_tensor(mean, "mean", {shape.statistics()}, weights);
   check_tensor(reciprocal_deviation, "reciprocal_deviation", {shape.statistics()}, weights);
+  check_tensor(kept, "kept", {kernels().kept_numbers(shape)}, weights);
   const auto make = [](const Tensor& like, bool needed) {
     return needed ? at::empty_like(like) : at::empty({0}, like.options());
   };
@@ -181,6 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell_backward(
     call.states = states.const_data_ptr<scalar_t>();
     call.mean = mean.const_data_ptr<scalar_t>();
     call.reciprocal_deviation = reciprocal_deviation.const_data_ptr<scalar_t>();
+    call.kept = kept.const_data_ptr<scalar_t>();
     call.output_gradient = gradient.const_data_ptr<scalar_t>();
     call.before_gradient = wanted(before_gradient, need_before);
     call.previous_gradient = wanted(previous_gradient, need_previous);
@@ -196,13 +209,13 @@ TORCH_LIBRARY(nas_transfer, m) {
   m.def(
       "mixed_cell(Tensor before, Tensor previous, Tensor weights, Tensor running_mean, "
       "Tensor running_variance, Tensor operations, Tensor bypass, Tensor? active, int channels, "
-      "int partial, bool reduction, bool previous_reduction, bool training) "
+      "int partial, bool reduction, bool previous_reduction, bool training, bool keep) "
       "-> (Tensor output, Tensor states, Tensor mean, Tensor reciprocal_deviation, "
-      "Tensor variance)");
+      "Tensor variance, Tensor kept)");
   m.def(
       "mixed_cell_backward(Tensor gradient, Tensor before, Tensor previous, Tensor weights, "
       "Tensor operations, Tensor bypass, Tensor? active, Tensor output, Tensor states, "
-      "Tensor mean, Tensor reciprocal_deviation, int channels, int partial, bool reduction, "
+      "Tensor mean, Tensor reciprocal_deviation, Tensor kept, int channels, int partial, bool reduction, "
       "bool previous_reduction, bool training, bool need_before, bool need_previous, "
       "bool need_weights, bool need_mixing) "
       "-> (Tensor before, Tensor previous, Tensor weights, Tensor operations, Tensor bypass)");

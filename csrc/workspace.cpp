@@ -1,7 +1,9 @@
 #include "workspace.h"
 
 #include <cstdlib>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <new>
 
 #if defined(__linux__)
@@ -11,34 +13,67 @@
 namespace nas {
 namespace {
 
+constexpr int64_t kPage = 2 << 20;  // large pages spare the processor most address translations
+
+int64_t whole_pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
+void* allocate(int64_t bytes) {
+  const auto size = static_cast<std::size_t>(whole_pages(bytes));
+  void* memory = std::aligned_alloc(kPage, size);
+  if (!memory) throw std::bad_alloc();
+#if defined(__linux__)
+  madvise(memory, size, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
-thread_local std::unique_ptr<void, Free> space;
+using Memory = std::unique_ptr<void, Free>;
+
+thread_local Memory space;
 thread_local int64_t size = 0;
+
+std::mutex lending;
+std::multimap<int64_t, Memory> idle;  // pieces that nobody borrows, by their whole pages
 
 }  // namespace
 
 void* workspace(int64_t bytes) {
-  constexpr int64_t kPage = 2 << 20;  // large pages spare the processor most address translations
   if (bytes > size) {
-    release_workspace();
-    const int64_t rounded = (bytes + kPage - 1) / kPage * kPage;
-    space.reset(std::aligned_alloc(kPage, static_cast<std::size_t>(rounded)));
-    if (!space) throw std::bad_alloc();
-#if defined(__linux__)
-    madvise(space.get(), static_cast<std::size_t>(rounded), MADV_HUGEPAGE);
-#endif
-    size = rounded;
+    space.reset();
+    size = 0;
+    space.reset(allocate(bytes));
+    size = whole_pages(bytes);
   }
   return space.get();
+}
+
+int64_t workspace_size() { return size; }
+
+void* borrow(int64_t bytes) {
+  {
+    const std::lock_guard<std::mutex> guard(lending);
+    if (const auto found = idle.find(whole_pages(bytes)); found != idle.end()) {
+      void* piece = found->second.release();
+      idle.erase(found);
+      return piece;
+    }
+  }
+  return allocate(bytes);
+}
+
+void give_back(void* piece, int64_t bytes) {
+  const std::lock_guard<std::mutex> guard(lending);
+  idle.emplace(whole_pages(bytes), Memory(piece));
 }
 
 void release_workspace() {
   space.reset();
   size = 0;
+  const std::lock_guard<std::mutex> guard(lending);
+  idle.clear();
 }
-
-int64_t workspace_size() { return size; }
 
 }  // namespace nas

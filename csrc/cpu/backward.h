@@ -1,10 +1,10 @@
 // The backward pass of a cell.
 //
-// Nothing but the states and the statistics was kept: an edge is computed again, which is faster
-// than reading what a forward pass would have written. Nodes go from the last to the first, since
-// a node's gradient is complete when all edges that leave it are done. With the statistics known,
-// computing an edge again takes no barrier; its gradient takes two, since the gradient of a batch
-// normalisation needs sums over the whole batch:
+// The forward pass kept the states, the statistics and what each convolution gave before its
+// normalisation; pools, rectified inputs and depthwise outputs are computed again. Nodes go from
+// the last to the first, since a node's gradient is complete when all edges that leave it are done.
+// An edge takes two barriers, since the gradient of a batch normalisation needs sums over the whole
+// batch:
 //
 //   dy = a g + d y + b,   a = w r,   d = -w r^3 <g, y - m> / M,   b = -w r <g, 1> / M - d m
 //
@@ -44,14 +44,12 @@ class BackwardCell {
     merged_ = arena_.take<double>(4 * g.lanes.channels);
     pair_sum_ = arena_.take<double>(g.lanes.channels);
     pair_product_ = arena_.take<double>(g.lanes.channels);
-    together_ = edges_together();
-    for (int i = 0; i < together_; ++i) {
-      for (auto& slot : outputs_[i]) slot = arena_.take<Vec<T>>(g.node_planes());
-      for (auto& slot : between_[i]) slot = arena_.take<Vec<T>>(g.node_planes());
-      for (auto& slot : sums_[i]) slot = arena_.take<Vec<T>>(2 * planes);
-      for (auto& slot : coefficients_[i]) slot = arena_.take<Vec<T>>(3 * g.lanes.groups);
-      taps_[i] = arena_.take<Vec<T>>(g.chunks.count * kTaps * g.lanes.groups);
-      matrices_[i] =
+    for (int s = 0; s < kSources; ++s) {
+      for (auto& slot : between_gradients_[s]) slot = arena_.take<Vec<T>>(g.node_planes());
+      for (auto& slot : sums_[s]) slot = arena_.take<Vec<T>>(2 * planes);
+      for (auto& slot : coefficients_[s]) slot = arena_.take<Vec<T>>(3 * g.lanes.groups);
+      taps_[s] = arena_.take<Vec<T>>(g.chunks.count * kTaps * g.lanes.groups);
+      matrices_[s] =
           arena_.take<Vec<T>>(g.chunks.count * (kConvolutions + 2) * weights_.pointwise().weights());
     }
     state_gradients_ = arena_.take<T>(2 * g.shape.images * g.pixels * g.shape.channels);
@@ -61,7 +59,7 @@ class BackwardCell {
     }
     rectified_size_ = std::max(g.rectified(nullptr, 0).size(), g.rectified(nullptr, 2).size());
     scratch_size_ = rectified_size_ + g.between(nullptr).size() + 4 * padded_gradient(nullptr, 0).size() +
-                    2 * g.per_block(g.node_pixels) + g.lanes.groups * 2 * g.width + 2 * g.width;
+                    2 * g.per_block(g.node_pixels) + 2 * g.lanes.groups * g.width + 2 * g.width;
     scratch_ = arena_.take<Vec<T>>(pool.threads * scratch_size_);
     wide_size_ = g.wide.groups * kLanes;
     wide_ = arena_.take<T>(pool.threads * 2 * wide_size_);
@@ -84,9 +82,7 @@ class BackwardCell {
     }
     for (int target = kStates - 1; target >= 2; --target) {
       complete_node(target);
-      for (int s = 0; s < target; s += together_) {
-        go_back(s, std::min(s + together_, target), target);
-      }
+      go_back(target);
     }
     complete_inputs();
     if (call_.bypass_gradient) merge_bypass();
@@ -102,13 +98,6 @@ class BackwardCell {
   static constexpr int slot_of(int convolution) {
     constexpr int slots[] = {kA3, kY3, kA5, kY5, kD3, kD5};
     return slots[convolution];
-  }
-
-  // Edges that are computed again at once: as many as a share of a shared cache holds.
-  int edges_together() const {
-    constexpr int64_t kBytes = 8 << 20;
-    const int64_t edge = 13 * geometry_.node_planes() * int64_t(sizeof(Vec<T>));
-    return int(std::clamp<int64_t>(kBytes / std::max<int64_t>(edge, 1), 1, kSources));
   }
 
   struct Scratch {
@@ -230,8 +219,8 @@ class BackwardCell {
       const int64_t image = block * g.lanes.together + n;
       for (int64_t x = 0; x < g.node_pixels; ++x) {
         const int64_t place = image * g.node_pixels + x;
-        std::memcpy(pixel, call_.output_gradient + (place * kNodes + target - 2) * channels,
-                    channels * sizeof(T));
+        copy_channels(call_.output_gradient + (place * kNodes + target - 2) * channels, channels,
+                      pixel);
         if (inner) {
           copy_lanes(g.lanes, reinterpret_cast<const T*>(inner + x), g.node_pixels * kLanes, n,
                      apart);
@@ -252,7 +241,7 @@ class BackwardCell {
             apart[c + i] = 0;
           }
         }
-        std::memcpy(rest_gradients_[target - 2] + place * channels, apart, channels * sizeof(T));
+        copy_channels(apart, channels, rest_gradients_[target - 2] + place * channels);
       }
     }
     if (inner) keep_products(target, block, products);
@@ -281,127 +270,98 @@ class BackwardCell {
     }
   }
 
-  // Computes edges again, and sends their gradients back.
-  void go_back(int first, int last, int target) {
+  // Sends the gradient of a node back through all of its edges.
+  void go_back(int target) {
     const auto& g = geometry_;
-    const int edges = last - first;
     const auto each = [&](auto&& pass) {
-      parallel(pool_, g.chunks.count * edges, [&](int64_t unit, int64_t thread) {
-        const int i = int(unit % edges);
-        pass(i, first + i, target, unit / edges, thread);
+      parallel(pool_, g.chunks.count * target, [&](int64_t unit, int64_t thread) {
+        pass(int(unit % target), target, unit / target, thread);
       });
     };
-    for (int i = 0; i < edges; ++i) prepare_edge(i, first + i, target);
-    each([&](auto... arguments) { recompute(arguments...); });
-    for (int i = 0; i < edges; ++i) settle_outputs(i, first + i, target);
+    for (int s = 0; s < target; ++s) prepare_edge(s, target);
+    each([&](auto... arguments) { dot_products(arguments...); });
+    for (int s = 0; s < target; ++s) settle_outputs(s, target);
     each([&](auto... arguments) { second_convolutions(arguments...); });
-    for (int i = 0; i < edges; ++i) settle_between(i, first + i, target);
+    for (int s = 0; s < target; ++s) settle_between(s, target);
     each([&](auto... arguments) { first_convolutions(arguments...); });
     if (!call_.weights_gradient) return;
-    parallel(pool_, edges * (kConvolutions + 1), [&](int64_t unit, int64_t) {
-      const int i = int(unit / (kConvolutions + 1));
-      unpack(i, first + i, target, int(unit % (kConvolutions + 1)));
+    parallel(pool_, target * (kConvolutions + 1), [&](int64_t unit, int64_t) {
+      unpack(int(unit / (kConvolutions + 1)), target, int(unit % (kConvolutions + 1)));
     });
   }
 
-  // Scale and shift between the two convolutions of the separable ones.
-  void prepare_edge(int i, int s, int target) {
+  // Where an edge's convolutions were kept, and scale and shift between those of the separable ones.
+  void prepare_edge(int s, int target) {
     const auto& g = geometry_;
+    const Kept<T> kept(g);
+    const Vec<T>* planes = reinterpret_cast<const Vec<T>*>(call_.kept);
+    for (int convolution = 0; convolution < kConvolutions; ++convolution) {
+      outputs_[s][slot_of(convolution)] =
+          planes + kept.convolution(edge_of(s, target), convolution);
+    }
+    if (g.stride(s) == 2) {
+      outputs_[s][kReduced] = planes + kept.reduced(reducing_slot(s, target));
+    }
     for (int k = 0; k < 2; ++k) {
       const int64_t at = statistics(s, target, kFirst[k].convolution);
       for (int64_t group = 0; group < g.lanes.groups; ++group) {
         const Vec<T> scale = in_lanes<T>(g.lanes, call_.reciprocal_deviation + at, group);
-        Vec<T>* to = coefficients_[i][kA3 + k] + group;
+        Vec<T>* to = coefficients_[s][kA3 + k] + group;
         to[0] = scale;
         to[g.lanes.groups] = Vec<T>::zero() - mean(at, group) * scale;
       }
     }
   }
 
-  void recompute(int i, int s, int target, int64_t chunk, int64_t thread) {
+  // Products of the node's gradient with all that an edge adds to the node.
+  void dot_products(int s, int target, int64_t chunk, int64_t) {
     const auto& g = geometry_;
-    const int edge = edge_of(s, target);
-    const bool* live = call_.live[edge];
-    const bool reducing = live[kSkip] && g.stride(s) == 2;
-    const Scratch own = scratch(thread);
-    const Padded<T> input = g.rectified(own.rectified, s);
-    const Padded<T> second = g.between(own.second);
-    input.clear_border();
-    second.clear_border();
+    const bool* live = call_.live[edge_of(s, target)];
     for_blocks(chunk, [&](int64_t block) {
       const int64_t at = node_block(block);
       const Vec<T>* gradient = node_gradients_[target - 2] + at;
-      const auto dot_row = [&](int sum, const Vec<T>* planes, int64_t statistic, int64_t y) {
+      const auto dot = [&](int sum, const Vec<T>* planes, int64_t statistic) {
         for (int64_t group = 0; group < g.lanes.groups; ++group) {
-          const int64_t row = group * g.node_pixels + y * g.node_width;
-          Vec<T>& total = sums_[i][sum][block * g.lanes.groups + group];
-          if (y == 0) total = Vec<T>::zero();
+          const int64_t plane = group * g.node_pixels;
           const Vec<T> shift = statistic < 0 ? Vec<T>::zero() : mean(statistic, group);
-          add_product(total, gradient + row, planes + row, shift, g.node_width);
+          Vec<T>& total = sums_[s][sum][block * g.lanes.groups + group];
+          total = Vec<T>::zero();
+          add_product(total, gradient + plane, planes + at + plane, shift, g.node_pixels);
         }
       };
-      const auto dot = [&](int sum, const Vec<T>* planes, int64_t statistic) {
-        for (int64_t y = 0; y < g.node_height; ++y) dot_row(sum, planes, statistic, y);
-      };
-      if (any_first(live) || reducing) {
-        rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
+      for (int operation = kSep3; operation <= kDil5; ++operation) {
+        if (!live[operation]) continue;
+        const int convolution = last_convolution(operation), slot = slot_of(convolution);
+        dot(slot, outputs_[s][slot], statistics(s, target, convolution));
       }
-      for (int k = 0; k < 4; ++k) {
-        if (!live[kFirst[k].operation]) continue;
-        const int convolution = kFirst[k].convolution, slot = slot_of(convolution);
-        Vec<T>* out = outputs_[i][slot] + at;
-        convolve(Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s))),
-                 weights_.pointwise(), input, weights_.taps(edge, convolution),
-                 weights_.matrix(edge, convolution), g.node_height, g.node_width,
-                 kept(i, convolution, at), own.row, out, [&](int64_t) {});
-        if (k >= 2) dot(slot, out, statistics(s, target, convolution));
-      }
-      for (int k = 0; k < 2; ++k) {
-        if (!live[kSecond[k].operation]) continue;
-        const int convolution = kSecond[k].convolution, slot = slot_of(convolution);
-        Vec<T>* out = outputs_[i][slot] + at;
-        rectify_between(i, k, block, second);
-        convolve(Depthwise<T>::choose(kSecond[k].size, 1, 1), weights_.pointwise(), second,
-                 weights_.taps(edge, convolution), weights_.matrix(edge, convolution),
-                 g.node_height, g.node_width, kept(i, convolution, at), own.row, out,
-                 [&](int64_t) {});
-        dot(slot, out, statistics(s, target, convolution));
-      }
-      if (reducing) {
-        const int slot = reducing_slot(s, target);
-        Vec<T>* out = outputs_[i][kReduced] + at;
-        reduce(weights_.pointwise(), input, weights_.reduce(slot, 0), weights_.reduce(slot, 1),
-               g.node_height, g.node_width, own.row, out, [&](int64_t) {});
-        dot(kReduced, out, call_.shape.reduce_statistics(slot));
+      if (live[kSkip] && g.stride(s) == 2) {
+        dot(kReduced, outputs_[s][kReduced],
+            call_.shape.reduce_statistics(reducing_slot(s, target)));
       } else if (live[kSkip]) {
-        dot(kSumSkip, states_[s] + at, -1);
+        dot(kSumSkip, states_[s], -1);
       }
       for (int average = 0; average < 2; ++average) {
         if (!live[kMaxPool + average]) continue;
-        dot(kSumMax + average, pools_[s][average] + at, call_.shape.pool_statistics(s, average));
+        dot(kSumMax + average, pools_[s][average], call_.shape.pool_statistics(s, average));
       }
     });
   }
 
-  // Where a depthwise convolution's output is kept for the gradient of the pointwise one.
-  Vec<T>* kept(int i, int convolution, int64_t at) const {
-    return call_.weights_gradient ? between_[i][convolution] + at : nullptr;
-  }
-  void rectify_between(int i, int k, int64_t block, const Padded<T>& to) const {
-    const Vec<T>* scale = coefficients_[i][kA3 + k];
-    normalise_and_rectify(outputs_[i][kA3 + k] + node_block(block), scale,
+  void rectify_between(int s, int k, int64_t block, const Padded<T>& to) const {
+    const Vec<T>* scale = coefficients_[s][kA3 + k];
+    normalise_and_rectify(outputs_[s][kA3 + k] + node_block(block), scale,
                           scale + geometry_.lanes.groups, to);
   }
 
   // The sums over the batch of one edge: gradients of the mixing weights, and what the gradients
   // of the normalisations need.
-  void settle_outputs(int i, int s, int target) {
+  void settle_outputs(int s, int target) {
     const auto& g = geometry_;
     const int edge = edge_of(s, target);
     const bool* live = call_.live[edge];
     const double* sum = node_totals_[target - 2];
     const auto settle = [&](int operation, int slot, int64_t at, double* product) {
-      merge_sums(g.lanes, sums_[i][slot], product);
+      merge_sums(g.lanes, sums_[s][slot], product);
       if (call_.operations_gradient) {
         double total = 0;
         for (int64_t c = 0; c < g.lanes.channels; ++c) {
@@ -411,7 +371,7 @@ class BackwardCell {
       }
       if (slot < kSlots) {
         store_coefficients(double(weight(edge, operation)), at, sum, product,
-                           coefficients_[i][slot]);
+                           coefficients_[s][slot]);
       }
     };
     for (int operation = kSep3; operation <= kDil5; ++operation) {
@@ -480,26 +440,29 @@ class BackwardCell {
 
   // The gradient of a convolution's output, from `gradient` of what it was normalised to, through
   // its pointwise part into the padded planes, with the weight gradients on the way.
-  void gradient_into(const Padded<T>& padded, int i, int edge, int convolution,
+  void gradient_into(const Padded<T>& padded, int s, int edge, int convolution,
                      const Depthwise<T>& depthwise, int64_t block, int64_t chunk,
-                     const Padded<T>& input, const Vec<T>* gradient, Vec<T>* strip) {
+                     const Padded<T>& input, const Vec<T>* gradient, const Scratch& own) {
     const auto& g = geometry_;
+    Vec<T>* strip = own.gradient;
+    Vec<T>* between = strip + g.per_block(g.node_pixels);
     const Pointwise<T>& pointwise = weights_.pointwise();
     const int slot = slot_of(convolution);
     const int64_t rows = strip_rows();
     for (int64_t y = 0; y < g.node_height; y += rows) {
       const int64_t count = std::min(rows, g.node_height - y);
       const int64_t first = y * g.node_width, pixels = count * g.node_width;
-      gradient_of(coefficients_[i][slot], block, gradient, outputs_[i][slot] + node_block(block),
+      gradient_of(coefficients_[s][slot], block, gradient, outputs_[s][slot] + node_block(block),
                   first, pixels, strip);
       for (int64_t row = 0; row < count; ++row) {
         pointwise.row(strip + row * g.node_width, pixels, weights_.transposed(edge, convolution),
                       padded.row(0, y + row), padded.plane(), g.node_width);
       }
       if (call_.weights_gradient) {
-        pointwise.weight_gradient(between_[i][convolution] + node_block(block) + first,
-                                  g.node_pixels, strip, pixels, pixels,
-                                  matrix_sums(i, chunk, convolution));
+        depthwise_rows(depthwise, input, weights_.taps(edge, convolution), y, count, g.node_width,
+                       between);
+        pointwise.weight_gradient(between, pixels, strip, pixels, pixels,
+                                  matrix_sums(s, chunk, convolution));
       }
     }
     if (!call_.weights_gradient) return;
@@ -508,7 +471,7 @@ class BackwardCell {
       depthwise.weight_gradient(
           input.first_tap(group, depthwise.padding()), input.pitch(), padded.row(group, 0),
           padded.pitch(), g.node_height, g.node_width,
-          tap_sums(i, chunk) + table.offset() * g.lanes.groups + group * depthwise.taps());
+          tap_sums(s, chunk) + table.offset() * g.lanes.groups + group * depthwise.taps());
     }
   }
 
@@ -534,7 +497,7 @@ class BackwardCell {
   }
 
   // Gradients of the second convolutions of an edge, and of its skip connection.
-  void second_convolutions(int i, int s, int target, int64_t chunk, int64_t thread) {
+  void second_convolutions(int s, int target, int64_t chunk, int64_t thread) {
     const auto& g = geometry_;
     const int edge = edge_of(s, target);
     const bool* live = call_.live[edge];
@@ -546,41 +509,41 @@ class BackwardCell {
     input.clear_border();
     second.clear_border();
     padded.clear_border();
-    if (call_.weights_gradient) clear_sums(i, chunk);
+    if (call_.weights_gradient) clear_sums(s, chunk);
     for_blocks(chunk, [&](int64_t block) {
       const Vec<T>* gradient = node_gradients_[target - 2] + node_block(block);
       for (int k = 0; k < 2; ++k) {
         if (!live[kSecond[k].operation]) continue;
         const int convolution = kSecond[k].convolution;
         const auto depthwise = Depthwise<T>::choose(kSecond[k].size, 1, 1);
-        rectify_between(i, k, block, second);
-        gradient_into(padded, i, edge, convolution, depthwise, block, chunk, second, gradient,
-                      own.gradient);
+        rectify_between(s, k, block, second);
+        gradient_into(padded, s, edge, convolution, depthwise, block, chunk, second, gradient,
+                      own);
         Vec<T> turned[25];
         for (int64_t group = 0; group < g.lanes.groups; ++group) {
           turn(depthwise, weights_.taps(edge, convolution) + group * depthwise.taps(), turned);
           for (int64_t y = 0; y < g.node_height; ++y) {
             gradient_row(depthwise, padded, group, y, turned, own.row, g.node_width, false);
-            keep_between(i, s, target, k, block, second, group, y, own.row);
+            keep_between(s, target, k, block, second, group, y, own.row);
           }
         }
       }
       if (!live[kSkip]) return;
       if (reducing) rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
-      skip_gradient(i, s, target, block, chunk, input, gradient, own);
+      skip_gradient(s, target, block, chunk, input, gradient, own);
     });
   }
 
-  // The gradient between two convolutions takes the place of what the second one gave.
-  void keep_between(int i, int s, int target, int k, int64_t block, const Padded<T>& second,
+  // One row of the gradient between two convolutions, with the sums that its normalisation needs.
+  void keep_between(int s, int target, int k, int64_t block, const Padded<T>& second,
                     int64_t group, int64_t y, const Vec<T>* row) {
     const auto& g = geometry_;
     const int64_t at = node_block(block) + group * g.node_pixels + y * g.node_width;
-    const Vec<T>* first = outputs_[i][kA3 + k] + at;
-    Vec<T>* to = outputs_[i][kY3 + k] + at;
+    const Vec<T>* first = outputs_[s][kA3 + k] + at;
+    Vec<T>* to = between_gradients_[s][k] + at;
     const Vec<T>* mask = second.row(group, y);
     const Vec<T> shift = mean(statistics(s, target, kFirst[k].convolution), group);
-    Vec<T>* sum = sums_[i][kA3 + k] + (block * g.lanes.groups + group) * 2;
+    Vec<T>* sum = sums_[s][kA3 + k] + (block * g.lanes.groups + group) * 2;
     if (y == 0) sum[0] = sum[1] = Vec<T>::zero();
     for (int64_t x = 0; x < g.node_width; ++x) {
       const Vec<T> gradient = relu_gradient(row[x], mask[x]);
@@ -590,7 +553,7 @@ class BackwardCell {
     }
   }
 
-  void skip_gradient(int i, int s, int target, int64_t block, int64_t chunk,
+  void skip_gradient(int s, int target, int64_t block, int64_t chunk,
                      const Padded<T>& input, const Vec<T>* gradient, const Scratch& own) {
     const auto& g = geometry_;
     if (g.stride(s) == 1) {
@@ -602,15 +565,15 @@ class BackwardCell {
     const Pointwise<T>& pointwise = weights_.pointwise();
     const int slot = reducing_slot(s, target);
     const int64_t width = g.node_width;
-    gradient_of(coefficients_[i][kReduced], block, gradient,
-                outputs_[i][kReduced] + node_block(block), 0, g.node_pixels, own.gradient);
+    gradient_of(coefficients_[s][kReduced], block, gradient,
+                outputs_[s][kReduced] + node_block(block), 0, g.node_pixels, own.gradient);
     for (int odd = 0; odd < 2; ++odd) {
       for (int64_t y = 0; y < g.node_height; ++y) {
         const Vec<T>* row = own.gradient + y * width;
         if (call_.weights_gradient) {
           every_second(input, odd, y, width, own.row);
           pointwise.weight_gradient(own.row, width, row, g.node_pixels, width,
-                                    matrix_sums(i, chunk, kConvolutions + odd));
+                                    matrix_sums(s, chunk, kConvolutions + odd));
         }
         if (2 * y + odd >= g.height) continue;
         pointwise.row(row, g.node_pixels, weights_.reduce_transposed(slot, odd), own.row, width,
@@ -628,18 +591,18 @@ class BackwardCell {
   }
 
   // Coefficients of the first convolutions of the separable ones.
-  void settle_between(int i, int s, int target) {
+  void settle_between(int s, int target) {
     const bool* live = call_.live[edge_of(s, target)];
     for (int k = 0; k < 2; ++k) {
       if (!live[kFirst[k].operation]) continue;
-      merge_pairs(sums_[i][kA3 + k]);
+      merge_pairs(sums_[s][kA3 + k]);
       store_coefficients(1.0, statistics(s, target, kFirst[k].convolution), pair_sum_, pair_product_,
-                         coefficients_[i][kA3 + k]);
+                         coefficients_[s][kA3 + k]);
     }
   }
 
   // Gradients of the convolutions that look at an edge's input: their sum is masked and added once.
-  void first_convolutions(int i, int s, int target, int64_t chunk, int64_t thread) {
+  void first_convolutions(int s, int target, int64_t chunk, int64_t thread) {
     const auto& g = geometry_;
     const int edge = edge_of(s, target);
     const bool* live = call_.live[edge];
@@ -657,9 +620,9 @@ class BackwardCell {
       rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
       for (int k = 0; k < 4; ++k) {
         if (!live[kFirst[k].operation]) continue;
-        const Vec<T>* gradient = k < 2 ? outputs_[i][kY3 + k] : node_gradients_[target - 2];
-        gradient_into(padded_gradient(own.padded, k), i, edge, kFirst[k].convolution, depthwise[k],
-                      block, chunk, input, gradient + node_block(block), own.gradient);
+        const Vec<T>* gradient = k < 2 ? between_gradients_[s][k] : node_gradients_[target - 2];
+        gradient_into(padded_gradient(own.padded, k), s, edge, kFirst[k].convolution, depthwise[k],
+                      block, chunk, input, gradient + node_block(block), own);
       }
       for (int64_t group = 0; group < g.lanes.groups; ++group) {
         Vec<T> turned[4][25];
@@ -685,20 +648,20 @@ class BackwardCell {
     });
   }
 
-  Vec<T>* tap_sums(int i, int64_t chunk) const {
-    return taps_[i] + chunk * kTaps * geometry_.lanes.groups;
+  Vec<T>* tap_sums(int s, int64_t chunk) const {
+    return taps_[s] + chunk * kTaps * geometry_.lanes.groups;
   }
-  Vec<T>* matrix_sums(int i, int64_t chunk, int convolution) const {
-    return matrices_[i] +
+  Vec<T>* matrix_sums(int s, int64_t chunk, int convolution) const {
+    return matrices_[s] +
            (chunk * (kConvolutions + 2) + convolution) * weights_.pointwise().weights();
   }
-  void clear_sums(int i, int64_t chunk) {
-    std::fill(tap_sums(i, chunk), tap_sums(i, chunk + 1), Vec<T>::zero());
-    std::fill(matrix_sums(i, chunk, 0), matrix_sums(i, chunk + 1, 0), Vec<T>::zero());
+  void clear_sums(int s, int64_t chunk) {
+    std::fill(tap_sums(s, chunk), tap_sums(s, chunk + 1), Vec<T>::zero());
+    std::fill(matrix_sums(s, chunk, 0), matrix_sums(s, chunk + 1, 0), Vec<T>::zero());
   }
 
   // The sums over chunks of one convolution's gradients, in the order of the parameters.
-  void unpack(int i, int s, int target, int convolution) {
+  void unpack(int s, int target, int convolution) {
     const auto& g = geometry_;
     const int64_t c = g.lanes.channels, inputs = g.lanes.groups * g.lanes.group;
     const int edge = edge_of(s, target);
@@ -711,7 +674,7 @@ class BackwardCell {
       for (int64_t group = 0; group < g.lanes.groups; ++group) {
         for (int64_t in = 0; in < c; ++in) {
           const Vec<T> total = over_chunks([&](int64_t chunk) {
-            return matrix_sums(i, chunk, which)[group * inputs + in];
+            return matrix_sums(s, chunk, which)[group * inputs + in];
           });
           T values[kLanes] = {};
           add_lanes(g.lanes, g.lanes.together, 0, total, values);
@@ -740,7 +703,7 @@ class BackwardCell {
     for (int64_t group = 0; group < g.lanes.groups; ++group) {
       for (int tap = 0; tap < taps; ++tap) {
         const Vec<T> total = over_chunks([&](int64_t chunk) {
-          return tap_sums(i, chunk)[slot.offset() * g.lanes.groups + group * taps + tap];
+          return tap_sums(s, chunk)[slot.offset() * g.lanes.groups + group * taps + tap];
         });
         add_lanes(g.lanes, g.lanes.together, group, total, to + tap * c);
       }
@@ -868,7 +831,6 @@ class BackwardCell {
   Arena arena_;
   EdgeWeights<T> weights_;
   Preprocess<T> preprocess_;
-  int together_ = 1;
   Vec<T>* states_[kSources];                   // [block][group][pixel]
   Vec<T>* gradients_[kSources];                // of the mixed channels of the states
   Vec<T>* pools_[kSources][2];
@@ -878,8 +840,8 @@ class BackwardCell {
   double* node_totals_[kNodes];                // [channel]
   double* pool_totals_;                        // [edge][maximum, average][channel]
   Vec<T>* bypass_sums_;                        // [edge][block]
-  Vec<T>* outputs_[kSources][kSlots];          // of the edges at hand
-  Vec<T>* between_[kSources][kConvolutions];   // their depthwise outputs
+  const Vec<T>* outputs_[kSources][kSlots];    // of the edges at hand, as the forward pass kept them
+  Vec<T>* between_gradients_[kSources][2];     // between the convolutions of the separable ones
   Vec<T>* sums_[kSources][kSums];              // [block][group], pairs for the first convolutions
   Vec<T>* coefficients_[kSources][kSlots];
   Vec<T>* taps_[kSources];                     // weight gradients of the edges at hand, by chunk

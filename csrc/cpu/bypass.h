@@ -67,8 +67,8 @@ NAS_INLINE void copy_lanes(const Layout& layout, const T* lanes, int64_t group, 
     return;
   }
   for (int64_t c = 0; c < layout.channels; c += kLanes) {
-    std::memcpy(to + c, lanes + c / kLanes * group,
-                std::min<int64_t>(kLanes, layout.channels - c) * sizeof(T));
+    copy_channels(lanes + c / kLanes * group, std::min<int64_t>(kLanes, layout.channels - c),
+                  to + c);
   }
 }
 

@@ -25,6 +25,9 @@ inline Kernels kernels(const char* name) {
       [](const CellShape& shape, int64_t threads, bool is_double) {
         return is_double ? bytes_of<double>(shape, threads) : bytes_of<float>(shape, threads);
       },
+      [](const CellShape& shape) {
+        return Kept<float>(Geometry<float>(shape)).size() * kLanes;
+      },
       [](const CellForward<float>& call, const ThreadPool& pool, void* workspace) {
         ForwardCell<float>(call, pool, workspace).run();
       },

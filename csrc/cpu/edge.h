@@ -81,22 +81,28 @@ void normalise_and_rectify(const Vec<T>* planes, const Vec<T>* scale, const Vec<
   }
 }
 
-// A depthwise and a pointwise convolution of one block, row by row: what the first gives stays in
-// the nearest cache. `between` [group][height][width] keeps it where somebody wants it again,
-// else `row` [group][width] is reused. After each row of `out`, on_row(y).
+// `count` rows of a depthwise convolution from row y on, into to [group][row][column].
+template <typename T>
+void depthwise_rows(const Depthwise<T>& depthwise, const Padded<T>& in, const Vec<T>* taps,
+                    int64_t y, int64_t count, int64_t width, Vec<T>* to) {
+  for (int64_t g = 0; g < in.groups; ++g) {
+    const Vec<T>* from = in.first_tap(g, depthwise.padding());
+    for (int64_t row = y; row < y + count; ++row) {
+      depthwise.row(from + row * depthwise.stride * in.pitch(), in.pitch(),
+                    taps + g * depthwise.taps(), to + (g * count + row - y) * width, width, false);
+    }
+  }
+}
+
+// A depthwise and a pointwise convolution of one block, row by row: what the first gives, in `row`
+// [group][width], stays in the nearest cache. After each row of `out`, on_row(y).
 template <typename T, typename OnRow>
 void convolve(const Depthwise<T>& depthwise, const Pointwise<T>& pointwise, const Padded<T>& in,
               const Vec<T>* taps, const Vec<T>* matrix, int64_t height, int64_t width,
-              Vec<T>* between, Vec<T>* row, Vec<T>* out, OnRow&& on_row) {
-  const int64_t plane = height * width;
+              Vec<T>* row, Vec<T>* out, OnRow&& on_row) {
   for (int64_t y = 0; y < height; ++y) {
-    Vec<T>* middle = between ? between + y * width : row;
-    const int64_t group = between ? plane : width;
-    for (int64_t g = 0; g < in.groups; ++g) {
-      depthwise.row(in.first_tap(g, depthwise.padding()) + y * depthwise.stride * in.pitch(),
-                    in.pitch(), taps + g * depthwise.taps(), middle + g * group, width, false);
-    }
-    pointwise.row(middle, group, matrix, out + y * width, plane, width);
+    depthwise_rows(depthwise, in, taps, y, 1, width, row);
+    pointwise.row(row, width, matrix, out + y * width, height * width, width);
     on_row(y);
   }
 }
@@ -161,6 +167,21 @@ struct Geometry {
   int64_t last_image(int64_t chunk) const {
     return std::min(shape.images, chunks.end(chunk) * lanes.together);
   }
+};
+
+// What a forward pass keeps of its convolutions, in planes over the whole batch: all six of each
+// edge before their normalisation, and those of the skip connections that reduce.
+template <typename T>
+struct Kept {
+  int64_t planes;  // Vecs of one convolution
+  bool reduction;
+
+  explicit Kept(const Geometry<T>& g) : planes(g.node_planes()), reduction(g.shape.reduction) {}
+  int64_t convolution(int edge, int convolution) const {
+    return (edge * kConvolutions + convolution) * planes;
+  }
+  int64_t reduced(int slot) const { return (kEdges * kConvolutions + slot) * planes; }
+  int64_t size() const { return reduced(reduction ? kReducing : 0); }
 };
 
 // Does any edge that leaves a state pool it?

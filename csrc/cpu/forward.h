@@ -25,8 +25,8 @@ class ForwardCell {
       states_[s] = arena_.take<Vec<T>>(g.state_planes(s));
       for (auto& pool_planes : pools_[s]) pool_planes = arena_.take<Vec<T>>(g.node_planes());
     }
-    for (auto& edge : outputs_) {
-      for (auto& planes : edge) planes = arena_.take<Vec<T>>(g.node_planes());
+    for (auto& edge : spare_) {
+      for (auto& planes : edge) planes = arena_.take<Vec<T>>(call.kept ? 0 : g.node_planes());
     }
     const int64_t planes = g.lanes.blocks * g.lanes.groups;
     for (auto& edge : moments_) {
@@ -82,6 +82,7 @@ class ForwardCell {
     const int fresh = target == 2 ? 0 : target - 1;   // states whose pools are still to be made
     const int fresh_pools = target - fresh;
     const auto& g = geometry_;
+    for (int s = 0; s < sources; ++s) place_outputs(s, target);
 
     parallel(pool_, g.chunks.count * (sources + fresh_pools), [&](int64_t unit, int64_t thread) {
       const int job = int(unit % (sources + fresh_pools));
@@ -117,6 +118,26 @@ class ForwardCell {
     });
   }
 
+  // Where the convolutions of an edge go: kept for the backward pass, or into spare memory, where a
+  // second convolution takes the place of the first.
+  void place_outputs(int s, int target) {
+    const int edge = edge_of(s, target);
+    for (int k = 0; k < 5; ++k) outputs_[s][k] = spare_[s][k];
+    for (int k = 0; k < 2; ++k) first_outputs_[s][k] = spare_[s][k];
+    if (!call_.kept) return;
+    const Kept<T> kept(geometry_);
+    Vec<T>* planes = reinterpret_cast<Vec<T>*>(call_.kept);
+    for (int k = 0; k < 4; ++k) {
+      outputs_[s][k] = planes + kept.convolution(edge, last_convolution(kFirst[k].operation));
+    }
+    for (int k = 0; k < 2; ++k) {
+      first_outputs_[s][k] = planes + kept.convolution(edge, kFirst[k].convolution);
+    }
+    if (geometry_.stride(s) == 2) {
+      outputs_[s][kReduced] = planes + kept.reduced(reducing_slot(s, target));
+    }
+  }
+
   int64_t statistics(int source, int target, int convolution) const {
     return call_.shape.convolution_statistics(edge_of(source, target), convolution);
   }
@@ -134,11 +155,12 @@ class ForwardCell {
       rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
       for (int k = 0; k < 4; ++k) {
         if (!live[kFirst[k].operation]) continue;
-        Vec<T>* out = outputs_[s][k] + block * g.per_block(g.node_pixels);
+        Vec<T>* out =
+            (k < 2 ? first_outputs_[s][k] : outputs_[s][k]) + block * g.per_block(g.node_pixels);
         convolve(Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s))),
                  weights_.pointwise(), input, weights_.taps(edge, kFirst[k].convolution),
                  weights_.matrix(edge, kFirst[k].convolution), g.node_height, g.node_width,
-                 kNowhere, row, out, [&](int64_t y) { add_moments(moments_[s][k], block, out, y); });
+                 row, out, [&](int64_t y) { add_moments(moments_[s][k], block, out, y); });
       }
       if (reducing) {
         const int slot = reducing_slot(s, target);
@@ -183,13 +205,14 @@ class ForwardCell {
     for_blocks(chunk, [&](int64_t block) {
       for (int k = 0; k < 2; ++k) {
         if (!live[kSecond[k].operation]) continue;
-        Vec<T>* planes = outputs_[s][k] + block * g.per_block(g.node_pixels);
+        const int64_t at = block * g.per_block(g.node_pixels);
+        Vec<T>* planes = outputs_[s][k] + at;
         const Vec<T>* scale = between_[s] + k * 2 * g.lanes.groups;
-        normalise_and_rectify(planes, scale, scale + g.lanes.groups, input);
+        normalise_and_rectify(first_outputs_[s][k] + at, scale, scale + g.lanes.groups, input);
         convolve(Depthwise<T>::choose(kSecond[k].size, 1, 1), weights_.pointwise(), input,
                  weights_.taps(edge, kSecond[k].convolution),
                  weights_.matrix(edge, kSecond[k].convolution), g.node_height, g.node_width,
-                 kNowhere, rows_ + thread * row_size_, planes,
+                 rows_ + thread * row_size_, planes,
                  [&](int64_t y) { add_moments(moments_[s][k], block, planes, y); });
       }
     });
@@ -356,7 +379,6 @@ class ForwardCell {
     for (int64_t b = geometry_.chunks.begin(chunk); b < geometry_.chunks.end(chunk); ++b) f(b);
   }
 
-  static constexpr Vec<T>* kNowhere = nullptr;
   static constexpr int kReduced = 4;  // after the four kinds of convolution
 
   const CellForward<T>& call_;
@@ -367,7 +389,9 @@ class ForwardCell {
   Preprocess<T> preprocess_;
   Vec<T>* states_[kSources];         // [block][group][pixel]
   Vec<T>* pools_[kSources][2];       // of each state: maximum, average
-  Vec<T>* outputs_[kSources][5];     // of the edges into the node at hand
+  Vec<T>* outputs_[kSources][5];     // of the edges into the node at hand, before normalisation
+  Vec<T>* first_outputs_[kSources][2];
+  Vec<T>* spare_[kSources][5];
   Moments<T>* moments_[kSources][5];
   Moments<T>* pool_moments_[kSources][2];
   Vec<T>* between_[kSources];        // scale and shift between two convolutions

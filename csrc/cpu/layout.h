@@ -94,6 +94,14 @@ NAS_INLINE void store_channels(const Vec<T>& x, T* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
+// The channels of one pixel: a call of memcpy would cost more than these few bytes.
+template <typename T>
+NAS_INLINE void copy_channels(const T* from, int64_t count, T* to) {
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) Vec<T>::load(from + c).store(to + c);
+  for (; c < count; ++c) to[c] = from[c];
+}
+
 // Calls f with a constant where an image's lanes are full, so that copies are single moves.
 template <typename F>
 NAS_INLINE void with_count(int64_t count, F&& f) {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nas.ops.mixed import EDGES, NODES, CellPlan, Statistics
+from nas.ops.mixed import EDGES, NODES, REDUCING, CellPlan, Statistics
 
 MOMENTUM = 0.1  # of the running statistics, torch's default
 SIZES = ("channels", "partial", "reduction", "previous_reduction")
@@ -31,7 +31,11 @@ def mixed_cell(
 ) -> Tensor:
     """One cell of the supernet; see :func:`nas.ops.mixed.mixed_cell`."""
     channels_last = torch.channels_last
-    output, _, mean, _, variance = torch.ops.nas_transfer.mixed_cell(
+    keep = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad
+        for x in (before_previous, previous, weights, operations, edges)
+    )
+    output, _, mean, _, variance, _ = torch.ops.nas_transfer.mixed_cell(
         before_previous.contiguous(memory_format=channels_last),
         previous.contiguous(memory_format=channels_last),
         weights,
@@ -42,6 +46,7 @@ def mixed_cell(
         active,
         *(getattr(plan, size) for size in SIZES),
         statistics.training,
+        keep,
     )
     if statistics.training and statistics.update:
         # .data, since cells share one vector of statistics and the stem's backward pass, which does
@@ -75,15 +80,32 @@ def _shapes(
     reduction: bool,
     previous_reduction: bool,
     training: bool,
+    keep: bool,
 ) -> tuple[Tensor, ...]:
     images, _, height, width = previous.shape
     nodes = [(size + 1) // 2 if reduction else size for size in (height, width)]
     output = previous.new_empty(images, NODES * channels, *nodes)
+    kept = _kept_numbers(images * nodes[0] * nodes[1], images, channels // partial, reduction)
     return (
         output.to(memory_format=torch.channels_last),
         previous.new_empty(2, images, height, width, channels),
         *(torch.empty_like(running_mean) for _ in range(3)),
+        previous.new_empty(kept if keep else 0),
     )
+
+
+def _kept_numbers(pixels: int, images: int, channels: int, reduction: bool) -> int:
+    """Size of what a forward pass keeps (csrc/cpu/edge.h, Kept): planes of all convolutions.
+
+    Sixteen channels of an image lie together, or with fewer channels, those of several images
+    (csrc/cpu/layout.h, Layout).
+    """
+    convolutions = 6 * len(EDGES) + (len(REDUCING) if reduction else 0)
+    lanes = 16
+    if channels >= lanes:
+        return convolutions * pixels * lanes * -(-channels // lanes)
+    together = lanes // (1 << (channels - 1).bit_length())
+    return convolutions * pixels // images * lanes * -(-images // together)
 
 
 def _gradient_shapes(
@@ -105,11 +127,11 @@ def _gradient_shapes(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    before, previous, weights, _, _, operations, bypass, active, *sizes = inputs
-    nodes, states, mean, deviation, variance = output
-    ctx.mark_non_differentiable(states, mean, deviation, variance)
+    before, previous, weights, _, _, operations, bypass, active, *sizes, _ = inputs
+    nodes, states, mean, deviation, variance, kept = output
+    ctx.mark_non_differentiable(states, mean, deviation, variance, kept)
     ctx.save_for_backward(
-        before, previous, weights, operations, bypass, active, nodes, states, mean, deviation
+        before, previous, weights, operations, bypass, active, nodes, states, mean, deviation, kept
     )
     ctx.sizes = sizes
 
@@ -131,4 +153,4 @@ def _backward(ctx: Any, gradient: Tensor, *unused: Tensor | None) -> tuple[Tenso
     before, previous, weights, operations, bypass = (
         value if need else None for value, need in zip(gradients, needed, strict=True)
     )
-    return before, previous, weights, None, None, operations, bypass, *(None,) * 6
+    return before, previous, weights, None, None, operations, bypass, *(None,) * 7
