@@ -62,7 +62,7 @@ class BackwardCell {
                     2 * g.per_block(g.node_pixels) + 2 * g.lanes.groups * g.width + 2 * g.width;
     scratch_ = arena_.take<Vec<T>>(pool.threads * scratch_size_);
     wide_size_ = g.wide.groups * kLanes;
-    wide_ = arena_.take<T>(pool.threads * 2 * wide_size_);
+    wide_ = arena_.take<T>(pool.threads * wide_size_);
   }
 
   int64_t workspace_bytes() const { return arena_.used(); }
@@ -191,7 +191,7 @@ class BackwardCell {
         for (int64_t x = 0; x < g.per_block(g.node_pixels); ++x) planes[x] += inner[x];
       }
     } else {
-      split_gradient(target, block, inner, planes, wide_ + thread * 2 * wide_size_);
+      split_gradient(target, block, inner, planes, wide_ + thread * wide_size_);
     }
     for (int64_t group = 0; group < g.lanes.groups; ++group) {
       Vec<T> even = Vec<T>::zero(), odd = Vec<T>::zero();
@@ -211,7 +211,6 @@ class BackwardCell {
     const auto& g = geometry_;
     const int64_t channels = g.shape.channels, mixed = g.lanes.channels;
     const int64_t start = mixed / kLanes * kLanes;  // Vecs before it hold mixed channels alone
-    T* apart = pixel + wide_size_;
     std::fill(planes, planes + g.per_block(g.node_pixels), Vec<T>::zero());
     Vec<T> products[kStates];
     for (auto& product : products) product = Vec<T>::zero();
@@ -219,29 +218,18 @@ class BackwardCell {
       const int64_t image = block * g.lanes.together + n;
       for (int64_t x = 0; x < g.node_pixels; ++x) {
         const int64_t place = image * g.node_pixels + x;
-        copy_channels(call_.output_gradient + (place * kNodes + target - 2) * channels, channels,
-                      pixel);
-        if (inner) {
-          copy_lanes(g.lanes, reinterpret_cast<const T*>(inner + x), g.node_pixels * kLanes, n,
-                     apart);
-          for (int64_t c = 0; c < mixed; ++c) pixel[c] += apart[c];
-          for (int64_t at = start; at < channels; at += kLanes) {
-            const int64_t row = x / g.node_width, column = x % g.node_width;
-            const Vec<T> sum = load_channels<T>(pixel + at, channels - at) +
-                               passed_by(target, image, row, column, at, products);
-            store_channels(sum, pixel + at, channels - at);
+        const T* gradient = call_.output_gradient + (place * kNodes + target - 2) * channels;
+        for (int64_t at = 0; at < channels; at += kLanes) {
+          Vec<T> sum = load_channels(gradient + at, channels - at);
+          if (inner && at < mixed) sum += image_lanes(g.lanes, inner + x, g.node_pixels, n, at);
+          if (inner && at >= start) {
+            sum += passed_by(target, image, x / g.node_width, x % g.node_width, at, products);
           }
+          sum.store(pixel + at);
         }
-        unshuffle(pixel, mixed, g.shape.partial, apart);
-        T* lanes = reinterpret_cast<T*>(planes + x) + n * g.lanes.group;
-        for (int64_t c = 0; c < mixed; c += kLanes) {
-          const int64_t count = std::min<int64_t>(kLanes, mixed - c);
-          for (int64_t i = 0; i < count; ++i) {
-            lanes[c * g.node_pixels + i] = apart[c + i];
-            apart[c + i] = 0;
-          }
-        }
-        copy_channels(apart, channels, rest_gradients_[target - 2] + place * channels);
+        unshuffle(pixel, mixed, g.shape.partial,
+                  reinterpret_cast<T*>(planes + x) + n * g.lanes.group, g.node_pixels * kLanes,
+                  rest_gradients_[target - 2] + place * channels);
       }
     }
     if (inner) keep_products(target, block, products);

@@ -72,38 +72,59 @@ NAS_INLINE void copy_lanes(const Layout& layout, const T* lanes, int64_t group, 
   }
 }
 
-// PC-DARTS, section 3.2: channel k * mixed + j moves to j * partial + k.
+// Four rows of four numbers, turned into columns.
 template <typename T>
-NAS_INLINE void transpose_channels(const T* from, int64_t rows, int64_t columns, T* to) {
-  int64_t r = 0;
-  if (columns == 4) {  // in squares that stay in registers
-    for (; r + 4 <= rows; r += 4) {
-      T square[16];
-      std::memcpy(square, from + r * 4, sizeof(square));
-      NAS_UNROLL for (int c = 0; c < 4; ++c) {
-        NAS_UNROLL for (int i = 0; i < 4; ++i) to[c * rows + r + i] = square[i * 4 + c];
-      }
-    }
-  }
-  for (; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) to[c * rows + r] = from[r * columns + c];
-  }
+NAS_INLINE void transpose_square(const T* const (&from)[4], T* const (&to)[4]) {
+  typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+  Four row[4];
+  NAS_UNROLL for (int i = 0; i < 4; ++i) row[i] = *reinterpret_cast<const Four*>(from[i]);
+  const Four a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  const Four b = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  const Four c = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Four d = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  *reinterpret_cast<Four*>(to[0]) = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  *reinterpret_cast<Four*>(to[1]) = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  *reinterpret_cast<Four*>(to[2]) = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  *reinterpret_cast<Four*>(to[3]) = __builtin_shufflevector(c, d, 2, 3, 6, 7);
 }
+
+// PC-DARTS, section 3.2: channel k * mixed + j moves to j * partial + k.
 template <typename T>
 NAS_INLINE void shuffle(const T* from, int64_t mixed, int64_t partial, T* to) {
   if (partial == 4 && mixed % 4 == 0) {
     for (int64_t j = 0; j < mixed; j += 4) {
-      NAS_UNROLL for (int i = 0; i < 4; ++i) {
-        NAS_UNROLL for (int k = 0; k < 4; ++k) to[(j + i) * 4 + k] = from[k * mixed + j + i];
-      }
+      const T* row = from + j;
+      T* out = to + 4 * j;
+      transpose_square<T>({row, row + mixed, row + 2 * mixed, row + 3 * mixed},
+                          {out, out + 4, out + 8, out + 12});
     }
     return;
   }
-  transpose_channels(from, partial, mixed, to);
+  for (int64_t j = 0; j < mixed; ++j) {
+    for (int64_t k = 0; k < partial; ++k) to[j * partial + k] = from[k * mixed + j];
+  }
 }
+
+// The way back; the first `mixed` channels go to `lanes` [group] of Vec, `plane` apart, and are zero
+// among the others.
 template <typename T>
-NAS_INLINE void unshuffle(const T* from, int64_t mixed, int64_t partial, T* to) {
-  transpose_channels(from, mixed, partial, to);
+NAS_INLINE void unshuffle(const T* from, int64_t mixed, int64_t partial, T* lanes, int64_t plane,
+                          T* to) {
+  const auto lane = [&](int64_t j) { return lanes + j / kLanes * plane + j % kLanes; };
+  for (int64_t j = 0; j < mixed; ++j) to[j] = 0;
+  if (partial == 4 && mixed % 4 == 0) {
+    for (int64_t j = 0; j < mixed; j += 4) {
+      const T* row = from + 4 * j;
+      T* out = to + j;
+      transpose_square<T>({row, row + 4, row + 8, row + 12},
+                          {lane(j), out + mixed, out + 2 * mixed, out + 3 * mixed});
+    }
+    return;
+  }
+  for (int64_t j = 0; j < mixed; ++j) {
+    *lane(j) = from[j * partial];
+    for (int64_t k = 1; k < partial; ++k) to[k * mixed + j] = from[j * partial + k];
+  }
 }
 
 }  // namespace nas::NAS_ISA

@@ -213,6 +213,18 @@ void add_lanes(const Layout& layout, int64_t images, int64_t g, const Vec<T>& x,
   }
 }
 
+// Channels at..at + 15 of image `n` of a block, from planes [group] of Vec, `plane` apart; zeros
+// beyond the last channel.
+template <typename T>
+NAS_INLINE Vec<T> image_lanes(const Layout& layout, const Vec<T>* planes, int64_t plane, int64_t n,
+                              int64_t at) {
+  if (layout.group == kLanes) return planes[at / kLanes * plane];
+  alignas(64) T lanes[kLanes] = {};
+  const T* from = reinterpret_cast<const T*>(planes) + n * layout.group;
+  with_count(layout.channels, [&](auto count) { std::memcpy(lanes, from, count * sizeof(T)); });
+  return Vec<T>::load(lanes);
+}
+
 // Sums of one plane about its first pixel: no cancellation where the mean is far from zero.
 template <typename T>
 struct Moments {

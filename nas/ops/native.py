@@ -130,13 +130,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     before, previous, weights, _, _, operations, bypass, active, *sizes, _ = inputs
     nodes, states, mean, deviation, variance, kept = output
     ctx.mark_non_differentiable(states, mean, deviation, variance, kept)
+    ctx.set_materialize_grads(False)  # or it would fill as many zeros as were kept
     ctx.save_for_backward(
         before, previous, weights, operations, bypass, active, nodes, states, mean, deviation, kept
     )
     ctx.sizes = sizes
 
 
-def _backward(ctx: Any, gradient: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, gradient: Tensor | None, *unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if gradient is None:  # nothing that is differentiated looks at the cell's output
+        return (None,) * 14
     need_before, need_previous, need_weights, _, _, need_operations, need_bypass = (
         ctx.needs_input_grad[:7]
     )
