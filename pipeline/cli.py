@@ -14,6 +14,7 @@ import typer
 from nas.architecture import Skeleton
 from nas.data.catalog import FOLDER_PREFIX
 from nas.errors import NASError
+from nas.ops.backend import AUTO
 from nas.search import Method, SearchConfig, find_method
 from nas.training import TrainConfig
 from nas.transfer.cell import parse_macs
@@ -67,6 +68,7 @@ def transfer_command(
     train_batch_size: o.TrainBatchSize = None,
     model_name: o.ModelName = None,
     device: o.Device = "auto",
+    backend: o.Backend = AUTO,
     workers: o.Workers = 0,
     parallel: o.Parallel = None,
     data: o.DataRoot = None,
@@ -96,7 +98,7 @@ def transfer_command(
                 model_name=model_name or _model_name(target),
             ),
         ),
-        Machine(device, workers, parallel, scale.threads, data, fresh, _options(context)),
+        Machine(device, workers, parallel, scale.threads, data, fresh, _options(context), backend),
     )
 
 
@@ -114,6 +116,7 @@ def search_command(
     search_channels: o.SearchChannels = None,
     search_cells: o.SearchCells = None,
     device: o.Device = "auto",
+    backend: o.Backend = AUTO,
     workers: o.Workers = 0,
     data: o.DataRoot = None,
     fresh: o.Fresh = False,
@@ -128,7 +131,7 @@ def search_command(
         SearchSettings(
             DataSettings(source, source_size, source_limit, scale.largest), searcher, config, seed
         ),
-        Machine(device, workers, None, scale.threads, data, fresh, _options(context)),
+        Machine(device, workers, None, scale.threads, data, fresh, _options(context), backend),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from nas.data import ImageTask, load_task
 from nas.hardware import pick_device
 from nas.observer import EpochRecord, Observer
+from nas.ops.backend import AUTO
 from pipeline.console import Observers, ProgressObserver, counting, say
 from pipeline.settings import DataSettings
 from pipeline.steps import home
@@ -33,6 +34,7 @@ class Machine:
         data: folder of downloaded data sets; None is a folder of the user's cache.
         fresh: never reuse a finished step or go on with a killed one.
         options: of the command line, to be logged as parameters of the run.
+        backend: of a search: "auto", "native" or "eager" (:mod:`nas.ops.backend`).
     """
 
     device: str = "auto"
@@ -42,6 +44,7 @@ class Machine:
     data: Path | None = None
     fresh: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
+    backend: str = AUTO
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,14 @@ Device = Annotated[
         help="auto takes a GPU where there is one; cpu, cuda, cuda:1.", rich_help_panel=MACHINE
     ),
 ]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="Kernels of the search. native: C++, faster; eager: PyTorch alone; auto: native where "
+        "they can be had. Results agree to rounding, not to the bit.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Workers = Annotated[
     int,
     typer.Option(

@@ -10,7 +10,10 @@ from typing import Any
 from nas.architecture import Architecture, Skeleton
 from nas.data import ImageTask
 from nas.errors import NASError, TrackingError
+from nas.hardware import pick_device
+from nas.ops.backend import NATIVE, Backend, choose
 from nas.ops.mixed import OPERATIONS
+from nas.ops.recipe import source_digest, source_folder
 from nas.search import BilevelSearch, Method, SearchConfig, SearchResult
 from nas.spaces import DartsSpace
 from nas.spaces.darts import Genotype
@@ -61,8 +64,23 @@ class Found:
         }
 
 
+def pick_backend(machine: Machine) -> Backend:
+    """Choose who computes a search, and say so in one line; the first time, this may compile.
+
+    Raises:
+        ConfigurationError: the device is not there, or native kernels are wanted and not to be had.
+        UnknownNameError: there is no such backend.
+    """
+    backend = choose(machine.backend, pick_device(machine.device), say)
+    reason = backend.reason
+    if backend.name == NATIVE:  # python -m nas.ops.build tells the rest
+        reason = ", ".join(reason.split(", ")[:2])  # the instruction set and the compiler
+    say(f"kernels: {backend.name} ({reason})")
+    return backend
+
+
 def search_step(
-    job: Job, task: ImageTask, method: Method, config: SearchConfig, seed: int
+    job: Job, task: ImageTask, method: Method, config: SearchConfig, seed: int, backend: Backend
 ) -> Found:
     """Search on ``task``, or take over an equal search that is finished or was killed."""
     title = f"search on {task.name}"
@@ -70,7 +88,13 @@ def search_step(
     def body(step: StepRun) -> Mapping[str, Any]:
         step.log.log_dataset(task, "source")
         search = BilevelSearch(
-            task, method, config, seed=seed, device=job.device, workers=job.machine.workers
+            task,
+            method,
+            config,
+            seed=seed,
+            device=job.device,
+            workers=job.machine.workers,
+            backend=backend.name,
         )
         with watched(title, step.log) as observer:
             result = search.run(step.checkpoint, observer)
@@ -85,15 +109,28 @@ def search_step(
             "config": asdict(config),
             "seed": seed,
             "device": job.device.type,
+            **_kernels(backend),
         },
         body,
         parent=job.log,
         fresh=job.machine.fresh,
         params={"source": task.name, "method": method.name, "seed": seed, **flat("search", config)},
-        tags={"space": "darts", "method": method.name, "source": task.name},
+        tags={
+            "space": "darts",
+            "method": method.name,
+            "source": task.name,
+            "backend": backend.name,
+        },
         say=say,
     )
     return _found(outcome)
+
+
+def _kernels(backend: Backend) -> dict[str, str]:
+    """Inputs of the step: the backends differ in rounding, and the code of one is no Python."""
+    if backend.name == NATIVE:
+        return {"backend": NATIVE, "kernels": source_digest(source_folder())}
+    return {"backend": backend.name}
 
 
 def _found(outcome: StepOutcome) -> Found:
@@ -200,6 +237,7 @@ class SearchSettings:
 def search(settings: SearchSettings, machine: Machine) -> Found:
     """Search on one data set and say what was found."""
     name = settings.source.name
+    backend = pick_backend(machine)
     with open_job(
         f"search {name}",
         machine,
@@ -212,7 +250,7 @@ def search(settings: SearchSettings, machine: Machine) -> Found:
         {"space": "darts", "method": settings.method.name, "source": name},
     ) as job:
         task = job.load(settings.source)
-        found = search_step(job, task, settings.method, settings.config, settings.seed)
+        found = search_step(job, task, settings.method, settings.config, settings.seed, backend)
         job.log.log_dataset(task, "source")
         job.log.log_json(found.genotype.to_json(), GENOTYPE_FILE)
         job.log.log_json(found.architecture.to_json(), ARCHITECTURE_FILE)

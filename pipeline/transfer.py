@@ -12,7 +12,7 @@ from nas.search import Method, SearchConfig
 from pipeline.compare import compare, finish, register_step, summarise
 from pipeline.console import Summary
 from pipeline.job import Machine, flat, open_job
-from pipeline.search import Found, search_step, take_in
+from pipeline.search import Found, pick_backend, search_step, take_in
 from pipeline.settings import CompareSettings, DataSettings, StackSettings
 
 
@@ -48,6 +48,7 @@ def transfer(settings: TransferSettings, machine: Machine) -> Summary:
     """
     if settings.transfer not in TRANSFERS:
         raise UnknownNameError("transfer", settings.transfer, TRANSFERS)
+    backend = pick_backend(machine)
     source_name, target_name = settings.source.name, settings.target.name
     tags = {
         "space": "darts",
@@ -63,7 +64,8 @@ def transfer(settings: TransferSettings, machine: Machine) -> Summary:
         settings.stack.check(target)
         job.log.log_dataset(source, "source")
         job.log.log_dataset(target, "target")
-        found = search_step(job, source, settings.method, settings.search, settings.compare.seed)
+        seed = settings.compare.seed
+        found = search_step(job, source, settings.method, settings.search, seed, backend)
         architecture = TRANSFERS[settings.transfer](found, target, settings)
         take_in(job, found)
         comparison = compare(job, target, architecture, settings.compare, found)

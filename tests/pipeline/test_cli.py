@@ -118,6 +118,8 @@ class TestKnownWithoutData:
             ("retrain --model-name models:x", ["'models:x'", "--model-name"]),
             ("transfer --device gpu", ["unknown device 'gpu'", "auto"]),
             ("search --device cuda:77", ["'cuda:77'"]),
+            ("search --backend nativ", ["unknown backend 'nativ'", "did you mean 'native'?"]),
+            ("transfer --backend egaer", ["did you mean 'eager'?"]),
         ],
     )
     def test_it(self, fails: Callable[..., Any], command: str, parts: list[str]) -> None:
@@ -345,7 +347,8 @@ class TestOptions:
         options = (
             "--search-epochs 20 --search-batch-size 32 --search-channels 12 --search-cells 5 "
             "--cells 6 --max-macs 1.5M --stem imagenet --train-epochs 9 --train-batch-size 16 "
-            "--seeds 4 --seed 2 --workers 3 --parallel 5 --device cpu --method pcdarts"
+            "--seeds 4 --seed 2 --workers 3 --parallel 5 --device cpu --method pcdarts "
+            "--backend eager"
         )
         assert main(shlex.split(f"transfer {options}")) == 0
         ((settings, machine),) = asked
@@ -360,7 +363,7 @@ class TestOptions:
         compare = settings.compare
         assert (compare.training.epochs, compare.training.batch_size) == (9, 16)
         assert (compare.seeds, compare.seed) == (4, 2)
-        assert replace(machine, options={}) == Machine("cpu", 3, 5, 1, None, False)
+        assert replace(machine, options={}) == Machine("cpu", 3, 5, 1, None, False, backend="eager")
 
     @pytest.mark.parametrize("epochs", [1, 2, 3, 50])
     def test_a_short_search_leaves_the_alphas_an_epoch(self, asked: Asked, epochs: int) -> None:
