@@ -1,5 +1,6 @@
 # make transfer   set up, then run the main job on embedded data
 # make test       set up, then lint, type-check and test
+# make bench      time the supernet's search step
 # make help       everything else
 
 VENV   := .venv
@@ -9,7 +10,7 @@ READY  := $(VENV)/.ready
 SOURCES := nas pipeline tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup transfer test lint ui upgrade clean
+.PHONY: help setup transfer test lint bench ui upgrade clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,6 +36,9 @@ lint: $(READY)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy -p nas -p pipeline
+
+bench: $(READY)  ## time the supernet's search step (ARGUMENTS="--peers PATH --json FILE")
+	$(BIN)/python -m benchmarks.supernet_step $(ARGUMENTS)
 
 ui: $(READY)  ## open the MLflow UI on the local store
 	$(BIN)/mlflow ui

@@ -29,7 +29,7 @@ from benchmarks.supernet.floors import Floor, Rates, find_floors, measure_rates
 from benchmarks.supernet.machine import describe_machine, load_average, second_core_is_there
 from benchmarks.supernet.memory import Memory, measure_memory
 from benchmarks.supernet.opponents import IMPLEMENTATIONS, Opponent, make_opponent, take_turn
-from benchmarks.supernet.report import Row, draw, floors_table, rows_table, write_json
+from benchmarks.supernet.report import Row, draw, floor_tables, row_tables, write_json
 from benchmarks.supernet.setting import (
     METHODS,
     Setting,
@@ -42,6 +42,7 @@ from benchmarks.supernet.timing import Budget, summarise, take_turns
 from nas.errors import ConfigurationError, NASError
 from pipeline.console import CONSOLE, complain, say
 
+TABLE_WIDTH = 100  # also where there is no terminal to be as wide as
 QUICK = Budget(warmups=1, repetitions=3, least=2, seconds=2)
 
 
@@ -50,29 +51,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with tempfile.TemporaryDirectory() as cache:
-            # Its own, so that the first compilation is one. The processes for memory share it.
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-            _measure_all(options)
+            _measure_all(options, Path(cache))
     except NASError as error:
         complain(str(error))
         return 1
     return 0
 
 
-def _measure_all(options: argparse.Namespace) -> None:
-    cores = os.cpu_count() or 1
-    if max(options.threads) > cores:
-        raise ConfigurationError(
-            f"--threads {max(options.threads)}: this machine has {cores} cores"
-        )
+def _measure_all(options: argparse.Namespace, cache: Path) -> None:
+    _check(options)
     machine = describe_machine()
-    say(f"{machine['cpu']}, {cores} cores, torch {machine['torch']}, load {machine['load']}")
+    say("{cpu}, {cores} cores, torch {torch}, load {load}".format(**machine))
     budget = QUICK if options.quick else Budget(repetitions=options.repetitions)
     rows: list[Row] = []
     rates: list[Rates] = []
     floors: list[Floor] = []
     settings = _settings(options)
     for threads in options.threads:
+        # Compiled code is made for one number of threads. A cache of its own makes sure that it is
+        # compiled here; the processes for memory, which come first, share it.
+        torch.compiler.reset()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / str(threads))
         if options.floors:
             rates.append(measure_rates(threads, _probe(threads)))
             floors += [floor for setting in settings for floor in find_floors(setting, rates[-1])]
@@ -81,9 +80,8 @@ def _measure_all(options: argparse.Namespace) -> None:
             if options.json:
                 write_json(options.json, machine, rows, rates, floors)
     rows.sort(key=lambda row: settings.index(row.setting))
-    CONSOLE.print(rows_table(rows))
-    if floors:
-        CONSOLE.print(floors_table(floors, rates, rows))
+    for table in (*row_tables(rows), *floor_tables(floors, rates, rows)):
+        CONSOLE.print(table, width=max(TABLE_WIDTH, CONSOLE.width), crop=False)
     if options.picture and rows:
         draw(rows, options.picture)
 
@@ -126,6 +124,29 @@ def _measure(
         for phase in setting.phases
         for name in opponents
     ]
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What would otherwise fail after hours.
+
+    Raises:
+        ConfigurationError: an option that cannot work.
+    """
+    cores = os.cpu_count() or 1
+    for threads in options.threads:
+        if not 1 <= threads <= cores:
+            raise ConfigurationError(f"--threads {threads}: this machine has 1 to {cores}")
+    if options.repetitions < Budget.least:
+        raise ConfigurationError(
+            f"--repetitions {options.repetitions}: a median needs at least {Budget.least}"
+        )
+    for name in ("size", "batch"):
+        value = getattr(options, name)
+        if value is not None and value < 2:
+            raise ConfigurationError(f"--{name} {value} must be at least 2")
+    for file in (options.json, options.picture):
+        if file and not file.absolute().parent.is_dir():
+            raise ConfigurationError(f"there is no folder {file.parent} to write {file.name} to")
 
 
 def _probe(threads: int) -> Callable[[], bool] | None:

@@ -20,7 +20,7 @@ from benchmarks.supernet.authors import named_as_theirs
 from benchmarks.supernet.floors import Rates, find_floors, multiply_adds
 from benchmarks.supernet.memory import Memory
 from benchmarks.supernet.opponents import make_opponent
-from benchmarks.supernet.report import Row, floors_table, rows_table, speed_up
+from benchmarks.supernet.report import Row, floor_tables, row_tables, speed_up
 from benchmarks.supernet.setting import (
     DisagreementError,
     Setting,
@@ -67,6 +67,22 @@ def test_a_wrong_place_for_peers_is_one_sentence(
     arguments = ["--quick", "--method", "pcdarts", "--threads", "1", "--peers", str(tmp_path)]
     assert main([*arguments, "--implementations", "authors"]) == 1
     assert "github.com/yuhuixu1993/PC-DARTS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "999"], "--threads 999: this machine has 1 to"),
+        (["--repetitions", "2"], "at least 5"),
+        (["--batch", "1"], "--batch 1 must be at least 2"),
+        (["--json", "nowhere/rows.json"], "no folder nowhere to write rows.json to"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -235,8 +251,9 @@ def test_factors_are_over_the_rival_of_the_same_place() -> None:
     assert speed_up(rows[3], "authors", rows) is None
     assert speed_up(rows[0], "authors", rows) is None
     rates = Rates(1, 100.0, 30.0)
-    assert rows_table(rows).row_count == 4
-    assert floors_table(find_floors(setting, rates), [rates], rows).row_count == 5
+    assert [table.row_count for table in row_tables(rows)] == [2, 1, 1]
+    floors = find_floors(setting, rates)
+    assert [table.row_count for table in floor_tables(floors, [rates], rows)] == [5]
 
 
 def test_a_setting_survives_the_way_to_another_process() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.axes import Axes
 from rich import box
@@ -66,6 +66,9 @@ class Row:
         }
 
 
+Item = TypeVar("Item", Row, Floor)
+
+
 def write_json(
     path: Path,
     machine: dict[str, Any],
@@ -83,26 +86,30 @@ def write_json(
     unfinished.replace(path)
 
 
-def rows_table(rows: Sequence[Row]) -> Table:
-    """Times, memory, and how many times faster than each rival."""
-    table = Table(box=box.SIMPLE_HEAD, caption=_caption(rows))
-    for name in ("method", "size", "batch", "thr", "phase", "implementation"):
-        table.add_column(name, no_wrap=True)
-    for name in ("median ms", "min to max", "n", "peak MB", *(f"x {rival}" for rival in RIVALS)):
-        table.add_column(name, justify="right", no_wrap=True)
-    for before, row in zip([None, *rows], rows, strict=False):
-        if before and (before.setting, before.threads) != (row.setting, row.threads):
-            table.add_section()
-        table.add_row(
-            *_place(row),
-            row.implementation,
-            f"{row.times.median:,.1f}{'' if row.times.trusted else ' ?'}",
-            f"{row.times.min:,.1f} to {row.times.max:,.1f}",
-            str(row.times.count),
-            f"{row.memory.peak_mb[row.phase]:,.0f}",
-            *(_factor(speed_up(row, rival, rows)) for rival in RIVALS),
-        )
-    return table
+def row_tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """Times, memory, and how many times faster than each rival: a table a setting and threads."""
+    for (setting, threads), group in _grouped(rows):
+        untrusted = not all(row.times.trusted for row in group)
+        table = _table(setting, threads)
+        table.caption = "?: the second core was not there throughout" if untrusted else None
+        table.add_column("phase")
+        table.add_column("implementation")
+        columns = ("median ms", "min to max", "n", "peak MB", *(f"× {rival}" for rival in RIVALS))
+        for name in columns:
+            table.add_column(name, justify="right", no_wrap=True)
+        for before, row in zip([None, *group], group, strict=False):
+            if before and before.phase != row.phase:
+                table.add_section()
+            table.add_row(
+                row.phase,
+                row.implementation,
+                f"{row.times.median:,.1f}{'' if row.times.trusted else ' ?'}",
+                f"{row.times.min:,.1f} to {row.times.max:,.1f}",
+                str(row.times.count),
+                f"{row.memory.peak_mb[row.phase]:,.0f}",
+                *(_factor(speed_up(row, rival, rows)) for rival in RIVALS),
+            )
+        yield table
 
 
 def speed_up(row: Row, rival: str, rows: Iterable[Row]) -> float | None:
@@ -114,35 +121,37 @@ def speed_up(row: Row, rival: str, rows: Iterable[Row]) -> float | None:
     return None
 
 
-def floors_table(floors: Sequence[Floor], rates: Sequence[Rates], rows: Sequence[Row]) -> Table:
-    """The least time of each phase, and how far above it each implementation is."""
+def floor_tables(
+    floors: Sequence[Floor], rates: Sequence[Rates], rows: Sequence[Row]
+) -> Iterator[Table]:
+    """The least time of each phase, and how many times that each implementation takes."""
     names = list(dict.fromkeys(row.implementation for row in rows))
-    caption = "; ".join(
-        f"{rate.threads} thread{'s' * (rate.threads > 1)}: matrix product "
-        f"{rate.gflops:.0f} GFLOP/s, copy {rate.copy_gb_s:.1f} GB/s"
-        for rate in rates
-    )
-    table = Table(box=box.SIMPLE_HEAD, caption=caption)
-    for name in ("method", "size", "batch", "thr", "phase"):
-        table.add_column(name, no_wrap=True)
-    for name in ("GFLOP", "arithmetic ms", "GB", "memory ms", *(f"{n} / floor" for n in names)):
-        table.add_column(name, justify="right")
-    for floor in floors:
-        reached = {
-            row.implementation: row.times.median / floor.milliseconds
-            for row in rows
-            if row.setting == floor.setting
-            and (row.threads, row.phase) == (floor.threads, floor.phase)
-        }
-        table.add_row(
-            *_place(floor),
-            f"{floor.gflop:.2f}",
-            f"{floor.arithmetic_ms:.1f}",
-            f"{floor.gigabytes:.3f}",
-            f"{floor.memory_ms:.1f}",
-            *(_factor(reached.get(name)) for name in names),
+    measured = {rate.threads: rate for rate in rates}
+    for (setting, threads), group in _grouped(floors):
+        rate = measured[threads]
+        table = _table(setting, threads)
+        table.caption = (
+            f"matrix product {rate.gflops:.0f} GFLOP/s, copy {rate.copy_gb_s:.1f} GB/s; "
+            "then time over the higher floor"
         )
-    return table
+        table.add_column("phase")
+        for name in ("GFLOP", "arithmetic ms", "GB", "memory ms", *names):
+            table.add_column(name, justify="right", no_wrap=True)
+        for floor in group:
+            reached = {
+                row.implementation: row.times.median / floor.milliseconds
+                for row in rows
+                if (row.setting, row.threads, row.phase) == (setting, threads, floor.phase)
+            }
+            table.add_row(
+                floor.phase,
+                f"{floor.gflop:.2f}",
+                f"{floor.arithmetic_ms:.1f}",
+                f"{floor.gigabytes:.3f}",
+                f"{floor.memory_ms:.1f}",
+                *(_factor(reached.get(name)) for name in names),
+            )
+        yield table
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -202,19 +211,18 @@ def _finish(axes: Axes, title: str, unit: str, labels: Sequence[str]) -> None:
     axes.set_xlim(0, 1.5 * axes.dataLim.x1)  # room for the text of the longest bar
 
 
-def _place(row: Row | Floor) -> tuple[str, ...]:
-    setting = row.setting
-    size = f"{setting.size}, C={setting.supernet.channels}"
-    return setting.method, size, str(setting.batch), str(row.threads), row.phase
+def _grouped(items: Sequence[Item]) -> list[tuple[tuple[Setting, int], list[Item]]]:
+    """``items`` by setting and threads, in the order they came."""
+    groups: dict[tuple[Setting, int], list[Item]] = {}
+    for item in items:
+        groups.setdefault((item.setting, item.threads), []).append(item)
+    return list(groups.items())
+
+
+def _table(setting: Setting, threads: int) -> Table:
+    title = f"{setting.label}, {threads} thread{'s' * (threads > 1)}"
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
 
 
 def _factor(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
-
-
-def _caption(rows: Sequence[Row]) -> str:
-    return (
-        ""
-        if all(row.times.trusted for row in rows)
-        else "?: the second core was not there throughout"
-    )
