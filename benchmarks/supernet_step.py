@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from benchmarks.supernet.agreement import check_agreement
 from benchmarks.supernet.floors import Floor, Rates, find_floors, measure_rates
@@ -42,7 +43,7 @@ from benchmarks.supernet.timing import Budget, summarise, take_turns
 from nas.errors import ConfigurationError, NASError
 from pipeline.console import CONSOLE, complain, say
 
-TABLE_WIDTH = 100  # also where there is no terminal to be as wide as
+TABLE_WIDTH = 108  # also where there is no terminal to be as wide as
 QUICK = Budget(warmups=1, repetitions=3, least=2, seconds=2)
 
 
@@ -81,7 +82,7 @@ def _measure_all(options: argparse.Namespace, cache: Path) -> None:
                 write_json(options.json, machine, rows, rates, floors)
     rows.sort(key=lambda row: settings.index(row.setting))
     for table in (*row_tables(rows), *floor_tables(floors, rates, rows)):
-        CONSOLE.print(table, width=max(TABLE_WIDTH, CONSOLE.width), crop=False)
+        Console(width=max(TABLE_WIDTH, CONSOLE.width), highlight=False).print(table)
     if options.picture and rows:
         draw(rows, options.picture)
 

@@ -1,8 +1,8 @@
 """The eager supernet under ``torch.compile``, channels last: the strongest opponent in PyTorch.
 
-Compiled by regions: what prepares a state, an edge, the joining of a node. The whole network is one
-graph of ten thousand operations, and did not compile in ten minutes at three cells; the regions
-take a minute or two, since cells of one resolution share them. In one point the opponent is
+Compiled by regions: what prepares a state, an edge, the joining of a node. Cells of one resolution
+share them. The whole network would be one graph of ten thousand operations: at three cells of four
+channels it had not compiled after seven minutes of processor time. In one point the opponent is
 favoured: it keeps no running statistics.
 """
 

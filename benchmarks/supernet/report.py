@@ -92,8 +92,8 @@ def row_tables(rows: Sequence[Row]) -> Iterator[Table]:
         untrusted = not all(row.times.trusted for row in group)
         table = _table(setting, threads)
         table.caption = "?: the second core was not there throughout" if untrusted else None
-        table.add_column("phase")
-        table.add_column("implementation")
+        table.add_column("phase", no_wrap=True)
+        table.add_column("by", no_wrap=True)
         columns = ("median ms", "min to max", "n", "peak MB", *(f"× {rival}" for rival in RIVALS))
         for name in columns:
             table.add_column(name, justify="right", no_wrap=True)
@@ -132,9 +132,9 @@ def floor_tables(
         table = _table(setting, threads)
         table.caption = (
             f"matrix product {rate.gflops:.0f} GFLOP/s, copy {rate.copy_gb_s:.1f} GB/s; "
-            "then time over the higher floor"
+            "on the right, times over the higher floor"
         )
-        table.add_column("phase")
+        table.add_column("phase", no_wrap=True)
         for name in ("GFLOP", "arithmetic ms", "GB", "memory ms", *names):
             table.add_column(name, justify="right", no_wrap=True)
         for floor in group:
@@ -174,7 +174,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
     present = {row.implementation for row in rows}
-    rival = next((rival for rival in RIVALS if rival in present), "")
+    rival = "authors" if "authors" in present else "eager"
     for height, row in enumerate(rows):
         factor = speed_up(row, rival, rows)
         parts = [f"{row.times.median:,.{0 if row.times.median >= 10 else 1}f} ms"]
@@ -182,7 +182,7 @@ def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
         parts += [] if row.times.trusted else ["not trusted"]
         _bar(axes, height, row, row.times.median, row.times.max, "  ".join(parts))
         axes.plot([row.times.min, row.times.max], [height] * 2, color=BLACK, linewidth=1.2)
-    against = f"; × faster than {rival}" if len(present) > 1 else ""
+    against = f"; × faster than {rival}" if rival in present and len(present) > 1 else ""
     labels = [f"{row.implementation}, {row.threads} thr." for row in rows]
     _finish(axes, rows[0].setting.label, f"search step, ms: median and range{against}", labels)
 
@@ -204,7 +204,7 @@ def _bar(axes: Axes, height: int, row: Row, value: float, end: float, text: str)
 
 def _finish(axes: Axes, title: str, unit: str, labels: Sequence[str]) -> None:
     quiet(axes, title, x=unit)
-    axes.title.set_fontsize(10.5)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.grid(visible=False, axis="y")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
