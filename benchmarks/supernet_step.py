@@ -43,7 +43,7 @@ from benchmarks.supernet.timing import Budget, summarise, take_turns
 from nas.errors import ConfigurationError, NASError
 from pipeline.console import CONSOLE, complain, say
 
-TABLE_WIDTH = 108  # also where there is no terminal to be as wide as
+TABLE_WIDTH = 120  # also where there is no terminal to be as wide as
 QUICK = Budget(warmups=1, repetitions=3, least=2, seconds=2)
 
 

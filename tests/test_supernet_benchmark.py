@@ -19,7 +19,7 @@ from benchmarks.supernet.agreement import Evidence, check_agreement
 from benchmarks.supernet.authors import named_as_theirs
 from benchmarks.supernet.floors import Rates, find_floors, multiply_adds
 from benchmarks.supernet.memory import Memory
-from benchmarks.supernet.opponents import make_opponent
+from benchmarks.supernet.opponents import Ours, make_opponent, take_turn
 from benchmarks.supernet.report import Row, floor_tables, row_tables, speed_up
 from benchmarks.supernet.setting import (
     DisagreementError,
@@ -45,12 +45,12 @@ def test_one_command_measures_writes_and_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     json_file, picture = tmp_path / "rows.json", tmp_path / "rows.png"
-    arguments = ["--quick", "--method", "darts", "--threads", "1", "--floors"]
+    arguments = ["--quick", "--method", "pcdarts", "--threads", "1", "--floors"]
     files = ["--json", str(json_file), "--picture", str(picture)]
     assert main([*arguments, *files, "--implementations", "eager", "authors"]) == 0
     report = json.loads(json_file.read_text())
     assert report["machine"]["torch"] == torch.__version__
-    phases = ["forward", "backward", "step", "second-order"]
+    phases = ["forward", "backward", "step"]
     assert [row["phase"] for row in report["rows"]] == phases
     for row in report["rows"]:
         assert row.keys() >= FIELDS
@@ -59,6 +59,22 @@ def test_one_command_measures_writes_and_draws(
     assert {floor["phase"] for floor in report["floors"]} == {*phases, "architecture step"}
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "authors is left out: --peers says where" in capsys.readouterr().out
+
+
+def test_every_phase_of_darts_is_timed_and_the_steps_move_what_they_should() -> None:
+    setting = quick_setting("darts")
+    opponent = make_opponent("eager", setting)
+    assert isinstance(opponent, Ours)
+    supernet = opponent.search.supernet
+    alphas, weights = supernet.alphas.clone(), supernet.weights.clone()
+    assert take_turn(opponent, ["forward"]).keys() == {"forward", "backward"}
+    assert torch.equal(supernet.weights, weights)
+    opponent.second_order()
+    assert torch.equal(supernet.weights, weights)
+    assert not torch.equal(supernet.alphas, alphas)
+    opponent.step()
+    assert not torch.equal(supernet.weights, weights)
+    assert opponent.search.method.name == "darts"
 
 
 def test_a_wrong_place_for_peers_is_one_sentence(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from benchmarks.supernet.agreement import Evidence
 from benchmarks.supernet.authors import Authors
-from benchmarks.supernet.compiled import CompiledSupernet
 from benchmarks.supernet.setting import (
     BACKWARD,
     FORWARD,
@@ -101,6 +100,9 @@ def make_opponent(name: str, setting: Setting, peers: Path | None = None) -> Opp
     method, cpu = find_method(setting.method), torch.device("cpu")
     search = BilevelSearch(setting.task(), method, setting.search_config(), seed=SEED, device=cpu)
     if name == "compile":
+        # Here, since the compiler takes 150 MB that no other implementation should be charged.
+        from benchmarks.supernet.compiled import CompiledSupernet
+
         return Ours(search, CompiledSupernet(setting.shape, setting.supernet, seed=SEED))
     if name == "authors":
         ours = Ours(search, _supernet(setting, "eager"))

@@ -94,8 +94,8 @@ def row_tables(rows: Sequence[Row]) -> Iterator[Table]:
         table.caption = "?: the second core was not there throughout" if untrusted else None
         table.add_column("phase", no_wrap=True)
         table.add_column("by", no_wrap=True)
-        columns = ("median ms", "min to max", "n", "peak MB", *(f"× {rival}" for rival in RIVALS))
-        for name in columns:
+        figures = ("median ms", "min to max", "n", "peak MB", "- imports")
+        for name in (*figures, *(f"× {rival}" for rival in RIVALS)):
             table.add_column(name, justify="right", no_wrap=True)
         for before, row in zip([None, *group], group, strict=False):
             if before and before.phase != row.phase:
@@ -107,6 +107,7 @@ def row_tables(rows: Sequence[Row]) -> Iterator[Table]:
                 f"{row.times.min:,.1f} to {row.times.max:,.1f}",
                 str(row.times.count),
                 f"{row.memory.peak_mb[row.phase]:,.0f}",
+                f"{row.memory.peak_mb[row.phase] - row.memory.idle_mb:,.0f}",
                 *(_factor(speed_up(row, rival, rows)) for rival in RIVALS),
             )
         yield table
