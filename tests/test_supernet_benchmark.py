@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.supernet.agreement import Evidence, check_agreement
 from benchmarks.supernet.authors import named_as_theirs
-from benchmarks.supernet.floors import Rates, find_floors, multiply_adds
+from benchmarks.supernet.floors import Rates, find_floors, measure_rates, multiply_adds
 from benchmarks.supernet.memory import Memory
 from benchmarks.supernet.opponents import Ours, make_opponent, take_turn
 from benchmarks.supernet.report import Row, floor_tables, row_tables, speed_up
@@ -118,6 +118,13 @@ def test_multiply_adds_are_those_that_pytorch_counts(setting: Setting) -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         supernet(images, mixing)
     assert 2 * 2 * multiply_adds(supernet) == counter.get_total_flops()
+
+
+def test_rates_without_a_second_core_are_not_trusted() -> None:
+    answers = iter([True, False, True, True, False])
+    assert measure_rates(1, lambda: next(answers), tries=2).trusted
+    assert list(answers) == [False]
+    assert not measure_rates(1, lambda: False, tries=1).trusted
 
 
 class Clock:

@@ -74,14 +74,14 @@ def _products(start: Barrier) -> float:
     return count / (now - began)
 
 
-def matrix_gflops(threads: int, side: int = 1024, seconds: float = 1.0) -> float:
+def matrix_gflops(threads: int, side: int = 1024, seconds: float = 0.5) -> float:
     """Best rate of a float32 matrix product, in 10^9 operations a second."""
     left, right, out = (torch.rand(side, side) for _ in range(3))
     best = _best_seconds(lambda: torch.mm(left, right, out=out), threads, seconds)
     return 2e-9 * side**3 / best
 
 
-def copy_gigabytes(threads: int, megabytes: int = 256, seconds: float = 1.0) -> float:
+def copy_gigabytes(threads: int, megabytes: int = 256, seconds: float = 0.5) -> float:
     """Best rate of a copy that no cache holds, in 10^9 bytes read and written a second."""
     source = torch.ones(megabytes * 2**18)
     target = torch.empty_like(source)

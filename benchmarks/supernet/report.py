@@ -132,7 +132,8 @@ def floor_tables(
         rate = measured[threads]
         table = _table(setting, threads)
         table.caption = (
-            f"matrix product {rate.gflops:.0f} GFLOP/s, copy {rate.copy_gb_s:.1f} GB/s; "
+            f"{'' if rate.trusted else '? '}matrix product {rate.gflops:.0f} GFLOP/s, "
+            f"copy {rate.copy_gb_s:.1f} GB/s; "
             "on the right, times over the higher floor"
         )
         table.add_column("phase", no_wrap=True)
