@@ -1,5 +1,6 @@
 # make transfer   set up, then run the main job on embedded data
 # make test       set up, then lint, type-check and test
+# make bench      time the supernet's search step
 # make help       everything else
 
 VENV   := .venv
@@ -11,7 +12,7 @@ SOURCES := nas pipeline tests benchmarks setup.py
 SANITIZED := NAS_TRANSFER_SANITIZE=1 TORCH_EXTENSIONS_DIR=build/sanitize
 
 .DEFAULT_GOAL := help
-.PHONY: help setup transfer test lint sanitize ui upgrade clean
+.PHONY: help setup transfer test lint sanitize bench ui upgrade clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -49,6 +50,9 @@ sanitize: $(READY)  ## run the kernel tests under the address and undefined-beha
 	$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(BIN)/python -m pytest -n 0 tests/nas/ops --ignore tests/nas/ops/test_build.py
+
+bench: setup  ## time the supernet's search step (ARGUMENTS="--peers PATH --json FILE")
+	$(BIN)/python -m benchmarks.supernet_step $(ARGUMENTS)
 
 ui: $(READY)  ## open the MLflow UI on the local store
 	$(BIN)/mlflow ui
