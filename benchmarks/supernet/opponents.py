@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -112,18 +110,10 @@ def make_opponent(name: str, setting: Setting, peers: Path | None = None) -> Opp
 
 def _supernet(setting: Setting, backend: str) -> Supernet:
     """Raises UnavailableError where there is no such backend."""
-    make: Callable[..., Any] = partial(Supernet, setting.shape, setting.supernet, seed=SEED)
-    if "backend" not in inspect.signature(Supernet).parameters:
-        if backend != "eager":
-            raise UnavailableError("this checkout has no native kernels")
-        return make()
     try:
-        supernet = make(backend=backend)
+        return Supernet(setting.shape, setting.supernet, seed=SEED, backend=backend)
     except NASError as error:
         raise UnavailableError(str(error)) from error
-    if supernet.backend != backend:
-        raise UnavailableError(f"asked for {backend}, the supernet took {supernet.backend}")
-    return supernet
 
 
 def take_turn(opponent: Opponent, phases: Sequence[str]) -> dict[str, float]:
