@@ -253,7 +253,7 @@ def test_photographs_of_mixed_sizes(place: Place, capsys: pytest.CaptureFixture[
     )["networks"][:2]
     best = max(tested, key=lambda row: row["validation_accuracy"])
     assert main(["evaluate", *arguments({"model": "nas-stripes", "target": target})]) == 0
-    assert place.jobs()[-1].data.metrics["test/accuracy"] == best["test_accuracy"]
+    assert place.jobs()[-1].data.metrics["model/test_accuracy"] == best["test_accuracy"]
     assert f"nas-stripes version 1 on {target}: {best['test_accuracy']:.2%}" in (
         capsys.readouterr().out
     )
