@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nas.ops import native
 from nas.ops.backend import MixedCell
 from nas.ops.mixed import EDGES, NODES, OPERATIONS, CellPlan, Statistics
 from nas.randomness import generator
@@ -171,3 +174,33 @@ def same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(
         torch.equal(value, theirs[name]) for name, value in ours.items()
     )
+
+
+class Recorder(TorchDispatchMode):
+    """Notes each call of a native operator: the operator and its arguments by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, dict[str, Any]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "nas_transfer":
+            names = [argument.name for argument in func._schema.arguments]
+            self.calls.append((func, dict(zip(names, args, strict=True))))
+        return func(*args, **(kwargs or {}))
+
+
+def recorded(call: Call, needed: Iterable[str] = INPUTS) -> list[tuple[Any, dict[str, Any]]]:
+    """The operator calls, forward and backward, behind a call of the native cell."""
+    with Recorder() as recorder:
+        run(native.mixed_cell, call, needed=needed)
+    return [
+        (operator, {name: _detached(value) for name, value in arguments.items()})
+        for operator, arguments in recorder.calls
+    ]
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
