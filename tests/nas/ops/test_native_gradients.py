@@ -125,7 +125,7 @@ def test_second_derivatives_are_refused() -> None:
         call.plan, call.before, call.previous, call.weights, statistics, operations
     )
     (gradient,) = torch.autograd.grad(output.square().sum(), operations, create_graph=True)
-    with pytest.raises(NativeError, match="first derivatives only.*backend 'eager'"):
+    with pytest.raises(NativeError, match=r"first derivatives only.*backend 'eager'"):
         gradient.square().sum().backward()
 
 

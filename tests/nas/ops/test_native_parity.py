@@ -20,7 +20,7 @@ from nas.ops.mixed import CellPlan
 pytestmark = pytest.mark.usefixtures("native")
 
 TESTS = Path(__file__).parents[2]
-# What a lane can meet: fewer channels than lanes, powers of two or not, exactly full, more than one.
+# Less than a vector of 16 lanes, powers of two or not; exactly one; more than one; two.
 MIXED_CHANNELS = [1, 2, 3, 4, 6, 8, 12, 16, 20, 32]
 FULL = CellPlan(6, 5, 8, 1, reduction=False, previous_reduction=False)
 PARTIAL = CellPlan(5, 6, 12, 2, reduction=True, previous_reduction=True)
