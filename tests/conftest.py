@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from nas.data import ImageTask, load_task
+from nas.ops import build
+from nas.ops.backend import choose
 
 RUN_VARIABLES = (
     "MLFLOW_REGISTRY_URI",
@@ -47,3 +49,20 @@ def few_digits(tmp_path_factory: pytest.TempPathFactory) -> ImageTask:
 def all_digits(tmp_path_factory: pytest.TempPathFactory) -> ImageTask:
     """All 1,797 real 8x8 digits: enough to learn from in seconds."""
     return load_task("digits", root=tmp_path_factory.mktemp("unused"))
+
+
+@pytest.fixture(scope="session")
+def native() -> None:
+    """Skips, with the reason, where there are no native kernels."""
+    extension = build.load()
+    if extension.module is None:
+        pytest.skip(f"no native kernels: {extension.reason}")
+    choose("native")
+
+
+@pytest.fixture(params=["eager", "native"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn."""
+    if request.param == "native":
+        request.getfixturevalue("native")
+    return str(request.param)

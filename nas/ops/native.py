@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nas.errors import NativeError
 from nas.ops.mixed import EDGES, NODES, REDUCING, CellPlan, Statistics
 
 MOMENTUM = 0.1  # of the running statistics, torch's default
@@ -64,6 +65,7 @@ def register() -> None:
     torch.library.register_autograd(
         "nas_transfer::mixed_cell", _backward, setup_context=_setup_context
     )
+    torch.library.register_autograd("nas_transfer::mixed_cell_backward", _refuse)
 
 
 def _shapes(
@@ -159,3 +161,10 @@ def _backward(
         value if need else None for value, need in zip(gradients, needed, strict=True)
     )
     return before, previous, weights, None, None, operations, bypass, *(None,) * 7
+
+
+def _refuse(ctx: Any, *gradients: Tensor | None) -> None:
+    # without this, PyTorch would take the first derivatives for constants, and only warn
+    raise NativeError(
+        "native kernels have first derivatives only: a supernet of backend 'eager' has the second"
+    )

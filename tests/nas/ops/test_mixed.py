@@ -9,7 +9,15 @@ from reference_supernet import NAMES, MixedOp, build, norm
 from torch import Tensor, nn
 
 from nas.ops import mixed
-from nas.ops.mixed import EDGES, OPERATIONS, CellPlan, Normaliser, mixed_cell, shuffle_channels
+from nas.ops.mixed import (
+    EDGES,
+    OPERATIONS,
+    CellPlan,
+    Normaliser,
+    Statistics,
+    mixed_cell,
+    shuffle_channels,
+)
 from nas.ops.primitives import FactorizedReduce
 from nas.randomness import generator
 
@@ -35,13 +43,8 @@ class OneCell:
     def __call__(
         self, operations: Tensor, edges: Tensor | None = None, active: Tensor | None = None
     ) -> Tensor:
-        statistics = self.plan.statistics
-        normaliser = Normaliser(
-            statistics.unpack(self.mean), statistics.unpack(self.variance), training=True
-        )
-        return mixed_cell(
-            self.plan, *self.inputs, self.weights, normaliser, operations, edges, active
-        )
+        statistics = Statistics(self.mean, self.variance, training=True)
+        return mixed_cell(self.plan, *self.inputs, self.flat, statistics, operations, edges, active)
 
     def states(self) -> list[Tensor]:
         """The two preprocessed inputs, by modules."""

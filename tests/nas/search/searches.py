@@ -62,6 +62,7 @@ def make_search(
     *,
     seed: int = 0,
     device: torch.device = CPU,
+    backend: str = "auto",
     **settings: object,
 ) -> BilevelSearch:
     """Two epochs of two steps, unless ``settings`` of SearchConfig say otherwise."""
@@ -75,7 +76,7 @@ def make_search(
         "architecture_learning_rate": 0.01,
     }
     config = SearchConfig(**(values | settings))  # type: ignore[arg-type]
-    return BilevelSearch(task, method, config, seed=seed, device=device)
+    return BilevelSearch(task, method, config, seed=seed, device=device, backend=backend)
 
 
 def in_double(search: BilevelSearch) -> BilevelSearch:

@@ -328,3 +328,27 @@ def test_searches_on_a_gpu(method: str, few_digits: ImageTask, tmp_path: Path) -
     assert math.isfinite(result.records[0].metrics["supernet/val_loss"])
     again = make_search(few_digits, method, device=torch.device("cuda"), epochs=1)
     assert outcome(again.run(tmp_path / "c")) == outcome(result)
+
+
+# ---- backends ----
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("method", ["darts", "pcdarts"])
+def test_both_backends_find_the_same_cells(method: str, few_digits: ImageTask) -> None:
+    """A whole search in double precision, in which rounding has no time to grow."""
+    found = []
+    for backend in ("native", "eager"):
+        search = in_double(make_search(few_digits, method, backend=backend))
+        search.supernet.register_forward_pre_hook(
+            lambda _, arguments: (arguments[0].double(), *arguments[1:])
+        )
+        start = search.supernet.alphas.detach().clone()
+        found.append(search.run())
+        assert not torch.equal(found[-1].supernet.alphas, start)
+    native, eager = found
+    assert native.genotype == eager.genotype
+    torch.testing.assert_close(native.mixing_history, eager.mixing_history, rtol=1e-8, atol=0)
+    torch.testing.assert_close(
+        native.supernet.state_dict(), eager.supernet.state_dict(), rtol=1e-6, atol=1e-8
+    )

@@ -45,7 +45,7 @@ def loss(search: BilevelSearch, batch: Batch, weights: Tensor) -> Tensor:
 
 
 def through_the_step(search: BilevelSearch, train: Batch, validation: Batch) -> list[Tensor]:
-    """The exact gradient: autograd through the step itself, twice over the network."""
+    """The exact gradient: autograd through the step itself, twice over the (eager) network."""
     supernet, config = search.supernet, search.config
     weights = supernet.weights
     (gradient,) = torch.autograd.grad(loss(search, train, weights), [weights], create_graph=True)
@@ -72,12 +72,16 @@ def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
     ids=["alphas", "alphas and betas"],
 )
 def test_equals_autograd_through_the_step(
-    supernet: SupernetConfig, few_digits: ImageTask, monkeypatch: pytest.MonkeyPatch
+    supernet: SupernetConfig,
+    backend: str,
+    few_digits: ImageTask,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The difference is taken so finely that no ReLU changes sides between w+ and w-."""
     monkeypatch.setattr(nas.search.darts, "PERTURBATION", 1e-7)
-    search, train, validation = prepared(few_digits, supernet=supernet, weight_decay=0.01)
-    expected = through_the_step(search, train, validation)
+    settings = {"supernet": supernet, "weight_decay": 0.01}
+    expected = through_the_step(*prepared(few_digits, backend="eager", **settings))
+    search, train, validation = prepared(few_digits, backend=backend, **settings)
     ours = search.method.architecture_gradients(search, train, validation)
     assert relative_error(ours, expected) < 1e-6
     first = Method().architecture_gradients(search, train, validation)

@@ -49,9 +49,11 @@ CONVOLUTIONS = Genotype(
 )
 
 
-def make(config: SupernetConfig, shape: TaskShape = ODD, seed: int = 0) -> Supernet:
+def make(
+    config: SupernetConfig, shape: TaskShape = ODD, seed: int = 0, backend: str = "auto"
+) -> Supernet:
     """A supernet in double precision with alphas and betas far from uniform."""
-    supernet = Supernet(shape, config, seed=seed).double()
+    supernet = Supernet(shape, config, seed=seed, backend=backend).double()
     draw = generator(seed, "test", "architecture")
     with torch.no_grad():
         for parameter in supernet.architecture_parameters():
@@ -91,8 +93,8 @@ def architecture_leaves(supernet: Supernet) -> tuple[Tensor, Tensor | None]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_equals_the_modules_of_the_paper(name: str) -> None:
-    supernet = make(CONFIGS[name])
+def test_equals_the_modules_of_the_paper(name: str, backend: str) -> None:
+    supernet = make(CONFIGS[name], backend=backend)
     network = reference_of(supernet)
     alphas, betas = architecture_leaves(supernet)
     labels = torch.tensor([1, 4])
@@ -126,8 +128,8 @@ def test_equals_the_modules_of_the_paper(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["edge-normalised", "pcdarts-2", "pcdarts-4"])
-def test_gradients_of_the_betas_equal_those_of_the_modules(name: str) -> None:
-    supernet = make(CONFIGS[name])
+def test_gradients_of_the_betas_equal_those_of_the_modules(name: str, backend: str) -> None:
+    supernet = make(CONFIGS[name], backend=backend)
     network = reference_of(supernet)
     alphas, betas = architecture_leaves(supernet)
     images = draw_images(ODD)
@@ -155,8 +157,8 @@ def test_every_weight_has_exactly_one_name() -> None:
     assert torch.equal(counts, torch.ones_like(counts))
 
 
-def test_statistics_are_left_alone_when_asked() -> None:
-    supernet = make(CONFIGS["pcdarts-2"])
+def test_statistics_are_left_alone_when_asked(backend: str) -> None:
+    supernet = make(CONFIGS["pcdarts-2"], backend=backend)
     before = supernet.running_mean.clone(), supernet.running_variance.clone()
     mixing = METHOD.mixing(supernet)
     quiet = supernet(draw_images(ODD), mixing, update_statistics=False)
@@ -311,9 +313,9 @@ def test_edge_normalisation_multiplies_the_operations() -> None:
 
 
 @pytest.mark.parametrize("name", ["darts", "half", "pcdarts-2", "pcdarts-4"])
-def test_discretised_equals_the_restriction_to_the_genotype(name: str) -> None:
+def test_discretised_equals_the_restriction_to_the_genotype(name: str, backend: str) -> None:
     """The modules leave out all other edges, partial channels' bypass and all."""
-    supernet = make(CONFIGS[name])
+    supernet = make(CONFIGS[name], backend=backend)
     network = reference_of(supernet)
     mixing = METHOD.mixing(supernet).detach()
     genotype = supernet.derive(mixing)
@@ -322,8 +324,8 @@ def test_discretised_equals_the_restriction_to_the_genotype(name: str) -> None:
     assert_equal(ours, network(images, mixing.operations, mixing.edges, genotype))
 
 
-def test_discretised_computes_nothing_else() -> None:
-    supernet = make(CONFIGS["darts"])
+def test_discretised_computes_nothing_else(backend: str) -> None:
+    supernet = make(CONFIGS["darts"], backend=backend)
     mixing = METHOD.mixing(supernet).detach()
     images = draw_images(ODD)
     genotype = supernet.derive(mixing)
