@@ -159,7 +159,7 @@ Backend = Annotated[
     str,
     typer.Option(
         help="Kernels of the search. native: C++, faster; eager: PyTorch alone; auto: native where "
-        "they can be had. Results agree to rounding, not to the bit.",
+        "they can be had. They differ in rounding alone, which may lead a search to other cells.",
         rich_help_panel=MACHINE,
     ),
 ]
