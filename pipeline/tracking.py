@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -241,7 +242,10 @@ class Tracker:
                 with self._system_metrics(log.run_id) if parent is not None else nullcontext():
                     yield log
                 self._end(log.run_id, "FINISHED")
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
+                # A query that the signal broke off would hold its lock on a SQLite file for as
+                # long as the traceback holds its cursor.
+                clear_frames(stop.__traceback__)
                 with suppress(TrackingError):
                     self._end(log.run_id, "KILLED")
                 if inherited:

@@ -112,7 +112,7 @@ def test_arithmetic_of_the_papers_supernets(method: str, gflop: float) -> None:
 
 @pytest.mark.parametrize("setting", [quick_setting("darts"), embedded_setting("pcdarts")])
 def test_multiply_adds_are_those_that_pytorch_counts(setting: Setting) -> None:
-    supernet = Supernet(setting.shape, setting.supernet, seed=0)
+    supernet = Supernet(setting.shape, setting.supernet, seed=0, backend="eager")
     mixing = find_method(setting.method).mixing(supernet).detach()
     images = torch.zeros(2, setting.image_channels, setting.size, setting.size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -179,7 +179,7 @@ def test_without_a_second_core_the_row_is_marked() -> None:
 @pytest.mark.parametrize("method", ["darts", "pcdarts"])
 def test_their_names_cover_every_weight_once(method: str) -> None:
     setting = quick_setting(method)
-    supernet = Supernet(setting.shape, setting.supernet, seed=0)
+    supernet = Supernet(setting.shape, setting.supernet, seed=0, backend="eager")
     twin = copy.deepcopy(supernet)
     theirs = dict(named_as_theirs(supernet))
     assert sum(view.numel() for view in theirs.values()) == supernet.weights.numel()
@@ -193,7 +193,7 @@ def test_their_names_cover_every_weight_once(method: str) -> None:
 def test_their_layout_is_that_of_the_reference() -> None:
     """The reference was written from the paper; its weights have tests of their own."""
     setting = quick_setting("darts")
-    supernet = Supernet(setting.shape, setting.supernet, seed=0)
+    supernet = Supernet(setting.shape, setting.supernet, seed=0, backend="eager")
     reference = reference_of(supernet)
     theirs = dict(named_as_theirs(supernet))
     cell, edge = reference.cells[1], reference.cells[1].edges[0]

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import time
 from multiprocessing.queues import Queue
@@ -74,6 +75,19 @@ class TestOpenRun:
             assert status(tracker, log.run_id) == "FAILED"
             assert log.tags()["failure"].startswith("DataError: no images in /pets")
             assert len(log.tags()["failure"]) == 500
+
+    def test_stopped_in_the_middle_of_a_query(self, tracker: Tracker, workplace: Workplace) -> None:
+        """Its cursor locks the file until the frames of the traceback let it go."""
+
+        def read_and_stop() -> None:
+            connection = sqlite3.connect(workplace.folder / "mlflow.db")
+            cursor = connection.execute("SELECT name FROM sqlite_master")
+            assert cursor.fetchone()
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), tracker.open_run("job") as job:
+            read_and_stop()
+        assert status(tracker, job.run_id) == "KILLED"
 
     def test_ctrl_c_is_killed(self, tracker: Tracker) -> None:
         with pytest.raises(KeyboardInterrupt), tracker.open_run("job") as job:
