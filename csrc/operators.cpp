@@ -19,8 +19,10 @@ using at::Tensor;
 using std::optional;
 
 void check_tensor(const Tensor& x, const char* name, at::IntArrayRef shape, const Tensor& like) {
-  TORCH_CHECK(x.device() == like.device(), name, " must be on ", like.device(), " as `weights` is, not on ", x.device());
-  TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(), " as `weights` is, not ", x.scalar_type());
+  TORCH_CHECK(x.device() == like.device(), name, " must be on ", like.device(),
+              " as `weights` is, not on ", x.device());
+  TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(),
+              " as `weights` is, not ", x.scalar_type());
   TORCH_CHECK(x.sizes() == shape, name, " must be ", shape, ", not ", x.sizes());
   TORCH_CHECK(x.is_contiguous(), name, " must be contiguous; it has strides ", x.strides());
 }
@@ -29,37 +31,45 @@ void check_tensor(const Tensor& x, const char* name, at::IntArrayRef shape, cons
 void check_images(const Tensor& x, const char* name, const Tensor& like) {
   TORCH_CHECK(x.dim() == 4, name, " must be [images, channels, height, width], not ", x.sizes());
   TORCH_CHECK(x.numel() > 0, name, " is empty: ", x.sizes());
-  TORCH_CHECK(x.device() == like.device(), name, " must be on ", like.device(), " as `weights` is, not on ", x.device());
-  TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(), " as `weights` is, not ", x.scalar_type());
-  TORCH_CHECK(x.permute({0, 2, 3, 1}).is_contiguous(), name, " must be contiguous in channels-last format; it has strides ", x.strides());
+  TORCH_CHECK(x.device() == like.device(), name, " must be on ", like.device(),
+              " as `weights` is, not on ", x.device());
+  TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(),
+              " as `weights` is, not ", x.scalar_type());
+  TORCH_CHECK(x.permute({0, 2, 3, 1}).is_contiguous(), name,
+              " must be contiguous in channels-last format; it has strides ", x.strides());
 }
 
 CellShape check_shape(const Tensor& before, const Tensor& previous, const Tensor& weights,
                       const Tensor& operations, const Tensor& bypass,
                       const optional<Tensor>& active, int64_t channels, int64_t partial,
                       bool reduction, bool previous_reduction) {
-  TORCH_CHECK(weights.is_floating_point() && (weights.scalar_type() == at::kFloat || weights.scalar_type() == at::kDouble),
+  TORCH_CHECK(weights.is_floating_point() &&
+                  (weights.scalar_type() == at::kFloat || weights.scalar_type() == at::kDouble),
               "weights must be float32 or float64, not ", weights.scalar_type());
   TORCH_CHECK(channels > 0 && partial > 0 && channels % partial == 0,
               "channels must be a positive multiple of partial, not ", channels, " and ", partial);
   check_images(before, "before", weights);
   check_images(previous, "previous", weights);
-  CellShape shape{previous.size(0), previous.size(2), previous.size(3), before.size(2),
-                  before.size(3),   before.size(1),   previous.size(1), channels,
+  CellShape shape{previous.size(0), previous.size(2), previous.size(3),  before.size(2),
+                  before.size(3),   before.size(1),   previous.size(1),  channels,
                   partial,          reduction,        previous_reduction};
-  TORCH_CHECK(before.size(0) == shape.images, "before has ", before.size(0), " images, previous ", shape.images);
+  TORCH_CHECK(before.size(0) == shape.images, "before has ", before.size(0), " images, previous ",
+              shape.images);
   const auto halved = [&](int64_t size) { return previous_reduction ? (size + 1) / 2 : size; };
-  TORCH_CHECK(halved(shape.before_height) == shape.height && halved(shape.before_width) == shape.width,
-              "before of ", shape.before_height, " x ", shape.before_width, " does not fit previous of ",
-              shape.height, " x ", shape.width, previous_reduction ? ": it must be twice as large" : ": they must be equal");
+  TORCH_CHECK(
+      halved(shape.before_height) == shape.height && halved(shape.before_width) == shape.width,
+      "before of ", shape.before_height, " x ", shape.before_width, " does not fit previous of ",
+      shape.height, " x ", shape.width,
+      previous_reduction ? ": it must be twice as large" : ": they must be equal");
   check_tensor(weights, "weights", {shape.weights()}, weights);
   check_tensor(operations, "operations", {kEdges, kOperations}, weights);
   check_tensor(bypass, "bypass", {kEdges}, weights);
   if (active) {
-    TORCH_CHECK(active->device().is_cpu() && active->scalar_type() == at::kBool && active->is_contiguous() &&
-                    active->sizes() == at::IntArrayRef({kEdges, kOperations}),
-                "active must be contiguous booleans [", kEdges, ", ", kOperations, "] on the CPU, not ",
-                active->scalar_type(), " ", active->sizes(), " on ", active->device());
+    TORCH_CHECK(
+        active->device().is_cpu() && active->scalar_type() == at::kBool &&
+            active->is_contiguous() && active->sizes() == at::IntArrayRef({kEdges, kOperations}),
+        "active must be contiguous booleans [", kEdges, ", ", kOperations, "] on the CPU, not ",
+        active->scalar_type(), " ", active->sizes(), " on ", active->device());
   }
   return shape;
 }
@@ -111,10 +121,10 @@ Tensor make_kept(const CellShape& shape, const at::TensorOptions& options, bool 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell(
-    const Tensor& before, const Tensor& previous, const Tensor& weights,
-    const Tensor& running_mean, const Tensor& running_variance, const Tensor& operations,
-    const Tensor& bypass, const optional<Tensor>& active, int64_t channels, int64_t partial,
-    bool reduction, bool previous_reduction, bool training, bool keep) {
+    const Tensor& before, const Tensor& previous, const Tensor& weights, const Tensor& running_mean,
+    const Tensor& running_variance, const Tensor& operations, const Tensor& bypass,
+    const optional<Tensor>& active, int64_t channels, int64_t partial, bool reduction,
+    bool previous_reduction, bool training, bool keep) {
   const CellShape shape = check_shape(before, previous, weights, operations, bypass, active,
                                       channels, partial, reduction, previous_reduction);
   check_tensor(running_mean, "running_mean", {shape.statistics()}, weights);
@@ -123,9 +133,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell(
               "batch normalisation in training needs more than one value per channel: got ",
               shape.images, " image whose nodes have ", shape.node_height(), " x ",
               shape.node_width(), " pixels");
-  Tensor output = at::empty({shape.images, kNodes * channels, shape.node_height(), shape.node_width()},
-                            weights.options(), at::MemoryFormat::ChannelsLast);
-  Tensor states = at::empty({2, shape.images, shape.height, shape.width, channels}, weights.options());
+  Tensor output =
+      at::empty({shape.images, kNodes * channels, shape.node_height(), shape.node_width()},
+                weights.options(), at::MemoryFormat::ChannelsLast);
+  Tensor states =
+      at::empty({2, shape.images, shape.height, shape.width, channels}, weights.options());
   Tensor mean = at::empty_like(running_mean), deviation = at::empty_like(running_mean),
          variance = at::empty_like(running_mean);
   Tensor kept = make_kept(shape, weights.options(), keep);
@@ -163,8 +175,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell_backward(
                                       channels, partial, reduction, previous_reduction);
   check_images(gradient, "gradient", weights);
   check_images(output, "output", weights);
-  TORCH_CHECK(gradient.sizes() == output.sizes(), "gradient must be ", output.sizes(), ", not ", gradient.sizes());
-  TORCH_CHECK(output.sizes() == at::IntArrayRef({shape.images, kNodes * channels, shape.node_height(), shape.node_width()}),
+  TORCH_CHECK(gradient.sizes() == output.sizes(), "gradient must be ", output.sizes(), ", not ",
+              gradient.sizes());
+  TORCH_CHECK(output.sizes() == at::IntArrayRef({shape.images, kNodes * channels,
+                                                 shape.node_height(), shape.node_width()}),
               "output is ", output.sizes(), ", which is not what this cell gives");
   check_tensor(states, "states", {2, shape.images, shape.height, shape.width, channels}, weights);
   check_tensor(mean, "mean", {shape.statistics()}, weights);
@@ -173,9 +187,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell_backward(
   const auto make = [](const Tensor& like, bool needed) {
     return needed ? at::empty_like(like) : at::empty({0}, like.options());
   };
-  Tensor before_gradient = make(before, need_before), previous_gradient = make(previous, need_previous);
+  Tensor before_gradient = make(before, need_before),
+         previous_gradient = make(previous, need_previous);
   Tensor weights_gradient = make(weights, need_weights);
-  Tensor operations_gradient = make(operations, need_mixing), bypass_gradient = make(bypass, need_mixing);
+  Tensor operations_gradient = make(operations, need_mixing),
+         bypass_gradient = make(bypass, need_mixing);
   AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "mixed_cell_backward", [&] {
     const auto wanted = [](Tensor& x, bool needed) {
       return needed ? x.mutable_data_ptr<scalar_t>() : nullptr;
@@ -202,7 +218,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell_backward(
     call.bypass_gradient = wanted(bypass_gradient, need_mixing);
     run(call);
   });
-  return {before_gradient, previous_gradient, weights_gradient, operations_gradient, bypass_gradient};
+  return {before_gradient, previous_gradient, weights_gradient, operations_gradient,
+          bypass_gradient};
 }
 
 TORCH_LIBRARY(nas_transfer, m) {
@@ -215,7 +232,8 @@ TORCH_LIBRARY(nas_transfer, m) {
   m.def(
       "mixed_cell_backward(Tensor gradient, Tensor before, Tensor previous, Tensor weights, "
       "Tensor operations, Tensor bypass, Tensor? active, Tensor output, Tensor states, "
-      "Tensor mean, Tensor reciprocal_deviation, Tensor kept, int channels, int partial, bool reduction, "
+      "Tensor mean, Tensor reciprocal_deviation, Tensor kept, int channels, int partial, bool "
+      "reduction, "
       "bool previous_reduction, bool training, bool need_before, bool need_previous, "
       "bool need_weights, bool need_mixing) "
       "-> (Tensor before, Tensor previous, Tensor weights, Tensor operations, Tensor bypass)");
