@@ -74,14 +74,11 @@ CellShape check_shape(const Tensor& before, const Tensor& previous, const Tensor
   return shape;
 }
 
-template <typename T>
-void find_live(bool (&live)[kEdges][kOperations], const Tensor& operations,
-               const optional<Tensor>& active) {
-  const T* weight = operations.const_data_ptr<T>();
+// `none` computes nothing; of the others, all that nobody switched off.
+void find_live(bool (&live)[kEdges][kOperations], const optional<Tensor>& active) {
   const bool* allowed = active ? active->const_data_ptr<bool>() : nullptr;
   for (int i = 0; i < kEdges * kOperations; ++i) {
-    live[i / kOperations][i % kOperations] =
-        i % kOperations != kNone && weight[i] != 0 && (!allowed || allowed[i]);
+    live[i / kOperations][i % kOperations] = i % kOperations != kNone && (!allowed || allowed[i]);
   }
 }
 
@@ -145,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell(
     CellForward<scalar_t> call{};
     call.shape = shape;
     call.training = training;
-    find_live<scalar_t>(call.live, operations, active);
+    find_live(call.live, active);
     call.before = before.const_data_ptr<scalar_t>();
     call.previous = previous.const_data_ptr<scalar_t>();
     call.weights = weights.const_data_ptr<scalar_t>();
@@ -199,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell_backward(
     CellBackward<scalar_t> call{};
     call.shape = shape;
     call.training = training;
-    find_live<scalar_t>(call.live, operations, active);
+    find_live(call.live, active);
     call.before = before.const_data_ptr<scalar_t>();
     call.previous = previous.const_data_ptr<scalar_t>();
     call.weights = weights.const_data_ptr<scalar_t>();

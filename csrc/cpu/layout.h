@@ -293,7 +293,7 @@ void merge_moments(const Layout& layout, const Moments<T>* moments, int64_t pixe
   }
 }
 
-// out[x] += gradient-like products, row by row
+// total += a * (b - shift), over a row.
 template <typename T>
 NAS_INLINE void add_product(Vec<T>& total, const Vec<T>* a, const Vec<T>* b, const Vec<T>& shift,
                             int64_t width) {

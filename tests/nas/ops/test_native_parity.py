@@ -102,6 +102,16 @@ def test_statistics_are_left_alone_when_asked() -> None:
     assert torch.equal(quiet["output"], run(native.mixed_cell, call)["output"])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_weight_of_zero_has_a_gradient_where_its_operation_is_active(training: bool) -> None:
+    call = draw_call(FULL, training=training)
+    call.operations[::2] = 0
+    ours, theirs = run(native.mixed_cell, call), run(mixed.mixed_cell, call)
+    assert theirs["operations"][::2, 1:].abs().min() > 0
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-10)
+
+
 def test_means_far_from_zero_do_not_cancel() -> None:
     """Variances from sums of squares would have lost every digit."""
     call = draw_call(FULL)
