@@ -57,8 +57,7 @@ class BackwardCell {
       node = arena_.take<T>(
           g.shape.partial > 1 ? g.shape.images * g.node_pixels * g.shape.channels : 0);
     }
-    rectified_size_ = std::max(g.rectified(nullptr, 0).size(), g.rectified(nullptr, 2).size());
-    scratch_size_ = rectified_size_ + g.between(nullptr).size() + 4 * padded_gradient(nullptr, 0).size() +
+    scratch_size_ = g.rectified_size() + g.between(nullptr).size() + 4 * padded_gradient(nullptr, 0).size() +
                     2 * g.per_block(g.node_pixels) + 2 * g.lanes.groups * g.width + 2 * g.width;
     scratch_ = arena_.take<Vec<T>>(pool.threads * scratch_size_);
     wide_size_ = g.wide.groups * kLanes;
@@ -69,6 +68,7 @@ class BackwardCell {
 
   void run() {
     const auto& g = geometry_;
+    std::fill(scratch_, scratch_ + pool_.threads * scratch_size_, Vec<T>::zero());  // all borders
     parallel(pool_, kEdges, [&](int64_t edge, int64_t) {
       int target = 2;
       while (first_edge(target + 1) <= edge) ++target;
@@ -107,7 +107,7 @@ class BackwardCell {
     const auto& g = geometry_;
     Scratch s;
     s.rectified = scratch_ + thread * scratch_size_;
-    s.second = s.rectified + rectified_size_;
+    s.second = s.rectified + g.rectified_size();
     s.padded = s.second + g.between(nullptr).size();
     s.gradient = s.padded + 4 * padded_gradient(nullptr, 0).size();
     s.row = s.gradient + 2 * g.per_block(g.node_pixels);
@@ -258,20 +258,22 @@ class BackwardCell {
     }
   }
 
-  // Sends the gradient of a node back through all of its edges.
+  // Sends the gradient of a node back through its edges. One after the other, since the planes of
+  // one edge stay in the third cache from pass to pass and those of all edges do not.
   void go_back(int target) {
-    const auto& g = geometry_;
-    const auto each = [&](auto&& pass) {
-      parallel(pool_, g.chunks.count * target, [&](int64_t unit, int64_t thread) {
-        pass(int(unit % target), target, unit / target, thread);
-      });
-    };
-    for (int s = 0; s < target; ++s) prepare_edge(s, target);
-    each([&](auto... arguments) { dot_products(arguments...); });
-    for (int s = 0; s < target; ++s) settle_outputs(s, target);
-    each([&](auto... arguments) { second_convolutions(arguments...); });
-    for (int s = 0; s < target; ++s) settle_between(s, target);
-    each([&](auto... arguments) { first_convolutions(arguments...); });
+    for (int s = 0; s < target; ++s) {
+      const auto over_chunks = [&](auto&& pass) {
+        parallel(pool_, geometry_.chunks.count, [&](int64_t chunk, int64_t thread) {
+          pass(s, target, chunk, thread);
+        });
+      };
+      prepare_edge(s, target);
+      over_chunks([&](auto... arguments) { dot_products(arguments...); });
+      settle_outputs(s, target);
+      over_chunks([&](auto... arguments) { second_convolutions(arguments...); });
+      settle_between(s, target);
+      over_chunks([&](auto... arguments) { first_convolutions(arguments...); });
+    }
     if (!call_.weights_gradient) return;
     parallel(pool_, target * (kConvolutions + 1), [&](int64_t unit, int64_t) {
       unpack(int(unit / (kConvolutions + 1)), target, int(unit % (kConvolutions + 1)));
@@ -494,9 +496,6 @@ class BackwardCell {
     const Padded<T> input = g.rectified(own.rectified, s);
     const Padded<T> second = g.between(own.second);
     const Padded<T> padded = padded_gradient(own.padded, 0);
-    input.clear_border();
-    second.clear_border();
-    padded.clear_border();
     if (call_.weights_gradient) clear_sums(s, chunk);
     for_blocks(chunk, [&](int64_t block) {
       const Vec<T>* gradient = node_gradients_[target - 2] + node_block(block);
@@ -533,12 +532,15 @@ class BackwardCell {
     const Vec<T> shift = mean(statistics(s, target, kFirst[k].convolution), group);
     Vec<T>* sum = sums_[s][kA3 + k] + (block * g.lanes.groups + group) * 2;
     if (y == 0) sum[0] = sum[1] = Vec<T>::zero();
+    Vec<T> total = sum[0], product = sum[1];
     for (int64_t x = 0; x < g.node_width; ++x) {
       const Vec<T> gradient = relu_gradient(row[x], mask[x]);
       to[x] = gradient;
-      sum[0] += gradient;
-      sum[1] += gradient * (first[x] - shift);
+      total += gradient;
+      product += gradient * (first[x] - shift);
     }
+    sum[0] = total;
+    sum[1] = product;
   }
 
   void skip_gradient(int s, int target, int64_t block, int64_t chunk,
@@ -597,12 +599,9 @@ class BackwardCell {
     if (!any_first(live)) return;
     const Scratch own = scratch(thread);
     const Padded<T> input = g.rectified(own.rectified, s);
-    input.clear_border();
     Depthwise<T> depthwise[4];
     for (int k = 0; k < 4; ++k) {
-      padded_gradient(own.padded, k).clear_border();
-      depthwise[k] =
-          Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s)));
+      depthwise[k] = Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s)));
     }
     for_blocks(chunk, [&](int64_t block) {
       rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
@@ -837,7 +836,7 @@ class BackwardCell {
   T* state_gradients_;                         // [2, N, H, W, C]
   T* rest_gradients_[kNodes];                  // of what passed the edges by [N, h, w, C]
   double *merged_, *pair_sum_, *pair_product_;
-  int64_t rectified_size_, scratch_size_, wide_size_;
+  int64_t scratch_size_, wide_size_;
   Vec<T>* scratch_;                            // a thread's own
   T* wide_;
 };

@@ -28,7 +28,8 @@ constexpr int last_convolution(int operation) {
 
 constexpr int64_t kPadding = 4;  // of a rectified state: what a dilated 5x5 convolution needs
 
-// A padded set of planes, [group][row][column], whose border stays zero.
+// A padded set of planes, [group][row][column]. Its border is zero from the start of a call, for
+// only the inside is written.
 template <typename T>
 struct Padded {
   Vec<T>* at;
@@ -42,17 +43,6 @@ struct Padded {
   }
   // The pixel that the first tap of output (0, 0) meets, for a convolution padded by `q`.
   const Vec<T>* first_tap(int64_t g, int64_t q) const { return row(g, -q) - q; }
-  void clear_border() const {
-    for (int64_t g = 0; g < groups; ++g) {
-      Vec<T>* plane_at = at + g * plane();
-      std::fill(plane_at, row(g, 0) - padding, Vec<T>::zero());
-      for (int64_t y = 0; y < height; ++y) {
-        std::fill(row(g, y) - padding, row(g, y), Vec<T>::zero());
-        std::fill(row(g, y) + width, row(g, y) + width + padding, Vec<T>::zero());
-      }
-      std::fill(row(g, height) - padding, plane_at + plane(), Vec<T>::zero());
-    }
-  }
 };
 
 // relu(planes) into the inside of `to`.
@@ -157,8 +147,16 @@ struct Geometry {
   int64_t state_planes(int s) const { return lanes.blocks * lanes.groups * state_pixels(s); }
   int64_t node_planes() const { return lanes.blocks * lanes.groups * node_pixels; }
   int64_t per_block(int64_t pixels) const { return lanes.groups * pixels; }
+  // A thread's rectified state; inputs and nodes of another size have each a place of their own,
+  // since the border of one lies inside the other.
   Padded<T> rectified(Vec<T>* at, int s) const {
-    return {at, lanes.groups, state_height(s), state_width(s), kPadding};
+    const Padded<T> input{at, lanes.groups, height, width, kPadding};
+    if (s < 2 || !shape.reduction) return input;
+    return {at + input.size(), lanes.groups, node_height, node_width, kPadding};
+  }
+  int64_t rectified_size() const {
+    const int64_t input = rectified(nullptr, 0).size();
+    return shape.reduction ? input + rectified(nullptr, 2).size() : input;
   }
   Padded<T> between(Vec<T>* at) const {  // the input of a second convolution
     return {at, lanes.groups, node_height, node_width, 2};

@@ -38,8 +38,7 @@ class ForwardCell {
     for (auto& edge : between_) edge = arena_.take<Vec<T>>(2 * 2 * g.lanes.groups);
     coefficients_ = arena_.take<Vec<T>>((kSources * kOperations + 1) * g.lanes.groups);
     merged_ = arena_.take<double>(2 * g.shape.channels);
-    rectified_size_ = g.rectified(nullptr, 0).size();
-    rectified_size_ = std::max(rectified_size_, g.rectified(nullptr, 2).size());
+    rectified_size_ = g.rectified_size();
     between_size_ = g.between(nullptr).size();
     const int64_t rows = g.lanes.groups * g.node_width;
     row_size_ = std::max(rows, 2 * g.width) + rows;
@@ -53,6 +52,8 @@ class ForwardCell {
   int64_t workspace_bytes() const { return arena_.used(); }
 
   void run() {
+    std::fill(rectified_, rectified_ + pool_.threads * rectified_size_, Vec<T>::zero());
+    std::fill(second_, second_ + pool_.threads * between_size_, Vec<T>::zero());
     keep_running_statistics();
     parallel(pool_, kEdges, [&](int64_t edge, int64_t) {
       int target = 2;
@@ -150,7 +151,6 @@ class ForwardCell {
     if (!any_first(live) && !reducing) return;
     const Padded<T> input = g.rectified(rectified_ + thread * rectified_size_, s);
     Vec<T>* row = rows_ + thread * row_size_;
-    input.clear_border();
     for_blocks(chunk, [&](int64_t block) {
       rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
       for (int k = 0; k < 4; ++k) {
@@ -201,7 +201,6 @@ class ForwardCell {
     const bool* live = call_.live[edge];
     if (!live[kSep3] && !live[kSep5]) return;
     const Padded<T> input = g.between(second_ + thread * between_size_);
-    input.clear_border();
     for_blocks(chunk, [&](int64_t block) {
       for (int k = 0; k < 2; ++k) {
         if (!live[kSecond[k].operation]) continue;
