@@ -36,6 +36,10 @@ struct Layout {
     blocks = (images + together - 1) / together;
   }
   int64_t images_of(int64_t block) const { return std::min(together, images - block * together); }
+  // Does every lane of every plane of a block hold something?
+  bool full(int64_t block) const {
+    return images_of(block) == together && channels % group == 0;
+  }
   // Lanes of plane `g` of a block that hold something are those below this, in each group.
   int64_t channels_of(int64_t g) const { return std::min(channels - g * kLanes, group); }
 };
@@ -94,14 +98,6 @@ NAS_INLINE void store_channels(const Vec<T>& x, T* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
-// The channels of one pixel: a call of memcpy would cost more than these few bytes.
-template <typename T>
-NAS_INLINE void copy_channels(const T* from, int64_t count, T* to) {
-  int64_t c = 0;
-  for (; c + kLanes <= count; c += kLanes) Vec<T>::load(from + c).store(to + c);
-  for (; c < count; ++c) to[c] = from[c];
-}
-
 // Calls f with a constant where an image's lanes are full, so that copies are single moves.
 template <typename F>
 NAS_INLINE void with_count(int64_t count, F&& f) {
@@ -138,7 +134,7 @@ void gather(const Layout& layout, int64_t block, Images<const T> from, int64_t p
     return;
   }
   const int64_t images = layout.images_of(block);
-  if (images < layout.together || layout.channels < layout.group) {
+  if (!layout.full(block)) {
     for (int64_t x = 0; x < pixels; ++x) planes[x] = Vec<T>::zero();
   }
   for (int64_t n = 0; n < images; ++n) {
@@ -213,16 +209,19 @@ void add_lanes(const Layout& layout, int64_t images, int64_t g, const Vec<T>& x,
   }
 }
 
-// Channels at..at + 15 of image `n` of a block, from planes [group] of Vec, `plane` apart; zeros
-// beyond the last channel.
+// Adds a row of image `n` of a block, from planes [group] of Vec, `plane` apart, to [x][all].
 template <typename T>
-NAS_INLINE Vec<T> image_lanes(const Layout& layout, const Vec<T>* planes, int64_t plane, int64_t n,
-                              int64_t at) {
-  if (layout.group == kLanes) return planes[at / kLanes * plane];
-  alignas(64) T lanes[kLanes] = {};
-  const T* from = reinterpret_cast<const T*>(planes) + n * layout.group;
-  with_count(layout.channels, [&](auto count) { std::memcpy(lanes, from, count * sizeof(T)); });
-  return Vec<T>::load(lanes);
+void add_channels(const Layout& layout, const Vec<T>* planes, int64_t plane, int64_t n,
+                  int64_t width, T* to, int64_t all) {
+  for (int64_t g = 0; g < layout.groups; ++g) {
+    const T* from = reinterpret_cast<const T*>(planes + g * plane) + n * layout.group;
+    T* out = to + g * kLanes;
+    with_count(layout.channels_of(g), [&](auto count) {
+      for (int64_t x = 0; x < width; ++x) {
+        for (int64_t c = 0; c < count; ++c) out[x * all + c] += from[x * kLanes + c];
+      }
+    });
+  }
 }
 
 // Sums of one plane about its first pixel: no cancellation where the mean is far from zero.

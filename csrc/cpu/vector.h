@@ -88,6 +88,14 @@ template <typename T> NAS_INLINE Vec<T> relu_gradient(Vec<T> gradient, const Vec
   return gradient;
 }
 
+// `x` where `mask` is not zero, else zero: unlike a product, also of NaN and infinity.
+template <typename T> NAS_INLINE Vec<T> where(const Vec<T>& mask, Vec<T> x) {
+  NAS_UNROLL for (int i = 0; i < Vec<T>::kParts; ++i) {
+    x.part[i] = mask.part[i] != 0 ? x.part[i] : typename Register<T>::type{};
+  }
+  return x;
+}
+
 // The larger one; NaN wins, and of equal ones `a` stays.
 template <typename T> NAS_INLINE Vec<T> maximum(Vec<T> a, const Vec<T>& b) {
   NAS_UNROLL for (int i = 0; i < Vec<T>::kParts; ++i) {
