@@ -247,8 +247,8 @@ class BackwardCell {
     const auto& g = geometry_;
     const int first = std::max(2, s + 1), count = kStates - first;
     const int64_t place = image * g.node_pixels + y * g.node_width;
-    const T* gradients[kSources];
-    T weights[kSources];
+    const T* gradients[kSources] = {};
+    T weights[kSources] = {};
     for (int k = 0; k < count; ++k) {
       gradients[k] = rest_gradients_[first + k - 2] + place * g.shape.channels;
       weights[k] = call_.bypass[edge_of(s, first + k)];
@@ -774,6 +774,10 @@ class BackwardCell {
         if (g.shape.partial > 1) complete_bypass(s, block, passed_ + thread * passed_size_, to.at);
         const Vec<T>* planes = gradients_[s] + block * g.per_block(g.pixels);
         scatter(g.lanes, block, planes, g.pixels, g.pixels, to);
+        if (!call_.training) return;
+        for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
+          preprocess_.add_up(call_, state_gradients_, s, block * g.lanes.together + n);
+        }
       });
     });
   }

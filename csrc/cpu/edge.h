@@ -142,12 +142,10 @@ struct Geometry {
   int64_t node_height, node_width, node_pixels;
 
   explicit Geometry(const CellShape& s)
-      : shape(s), lanes(s.images, s.mixed()), wide(s.images, std::max(s.channels, int64_t(kLanes))),
+      : shape(s), lanes(s.images, s.mixed()), wide(whole_images(s.images, s.channels)),
         chunks(lanes.blocks), height(s.height), width(s.width), pixels(height * width),
         node_height(s.node_height()), node_width(s.node_width()),
-        node_pixels(node_height * node_width) {
-    wide.channels = s.channels;
-  }
+        node_pixels(node_height * node_width) {}
   int64_t state_height(int s) const { return s < 2 ? height : node_height; }
   int64_t state_width(int s) const { return s < 2 ? width : node_width; }
   int64_t state_pixels(int s) const { return s < 2 ? pixels : node_pixels; }

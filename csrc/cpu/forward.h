@@ -61,10 +61,8 @@ class ForwardCell {
       while (first_edge(target + 1) <= edge) ++target;
       weights_.pack(call_.weights, int(edge), int(edge) - first_edge(target), target);
     });
-    preprocess_.forward(call_, pool_, merged_);
-    parallel(pool_, 2 * geometry_.chunks.count, [&](int64_t unit, int64_t) {
-      const int s = int(unit % 2);
-      for_blocks(unit / 2, [&](int64_t block) { gather_state(s, block); });
+    preprocess_.forward(call_, pool_, merged_, [&](int s, int64_t chunk) {
+      for_blocks(chunk, [&](int64_t block) { gather_state(s, block); });
     });
     for (int target = 2; target < kStates; ++target) make_node(target);
   }

@@ -44,6 +44,13 @@ struct Layout {
   int64_t channels_of(int64_t g) const { return std::min(channels - g * kLanes, group); }
 };
 
+// Sixteen channels of one image in a Vec, however few there are.
+inline Layout whole_images(int64_t images, int64_t channels) {
+  Layout layout(images, std::max(channels, int64_t(kLanes)));
+  layout.channels = channels;
+  return layout;
+}
+
 // A fixed share of the blocks. Sums over a batch are taken chunk by chunk and then over chunks in
 // their order, so that the result does not depend on the number of threads.
 struct Chunks {
