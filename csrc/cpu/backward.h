@@ -429,6 +429,10 @@ class BackwardCell {
       const Vec<T> b = without_missing(g.lanes, block, at[2 * g.lanes.groups]);
       const Vec<T>* from = gradient + group * g.node_pixels + first;
       const Vec<T>* plane = planes + group * g.node_pixels + first;
+      if (!call_.training) {  // d and b are zero, which would make NaN of infinity
+        for (int64_t x = 0; x < pixels; ++x) to[group * pixels + x] = a * from[x];
+        continue;
+      }
       for (int64_t x = 0; x < pixels; ++x) {
         to[group * pixels + x] = a * from[x] + (d * plane[x] + b);
       }
@@ -564,6 +568,7 @@ class BackwardCell {
     const int64_t width = g.node_width;
     gradient_of(coefficients_[s][kReduced], block, gradient,
                 outputs_[s][kReduced] + node_block(block), 0, g.node_pixels, own.gradient);
+    Vec<T>* half = own.row + g.lanes.groups * width;
     for (int odd = 0; odd < 2; ++odd) {
       for (int64_t y = 0; y < g.node_height; ++y) {
         const Vec<T>* row = own.gradient + y * width;
@@ -573,8 +578,14 @@ class BackwardCell {
                                     matrix_sums(s, chunk, kConvolutions + odd));
         }
         if (2 * y + odd >= g.height) continue;
-        pointwise.row(row, g.node_pixels, weights_.reduce_transposed(slot, odd), own.row, width,
-                      width);
+        for (int64_t group = 0; group < g.lanes.groups; ++group) {
+          const Vec<T> mask = channels_from<T>(g.lanes, g.lanes.channels / 2, group);
+          for (int64_t x = 0; x < width; ++x) {
+            const Vec<T> value = row[group * g.node_pixels + x];
+            half[group * width + x] = odd ? select(mask, value) : select(mask, Vec<T>::zero(), value);
+          }
+        }
+        pointwise.row(half, width, weights_.reduce_transposed(slot, odd), own.row, width, width);
         for (int64_t group = 0; group < g.lanes.groups; ++group) {
           const Vec<T>* mask = input.row(group, 2 * y + odd) + odd;
           Vec<T>* to = gradients_[s] +
@@ -660,7 +671,7 @@ class BackwardCell {
   // The sums over chunks of one convolution's gradients, in the order of the parameters.
   void unpack(int s, int target, int convolution) {
     const auto& g = geometry_;
-    const int64_t c = g.lanes.channels, inputs = g.lanes.groups * g.lanes.group;
+    const int64_t c = g.lanes.channels, inputs = weights_.pointwise().inputs();
     const int edge = edge_of(s, target);
     const auto over_chunks = [&](auto&& at) {
       Vec<T> total = at(0);

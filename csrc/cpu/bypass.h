@@ -48,7 +48,7 @@ struct PassedRow {
     mask = Vec<T>::load(lanes);
   }
   NAS_INLINE Vec<T> unmixed(const Vec<T>& x, int64_t at) const {
-    return at == start ? where(mask, x) : x;
+    return at == start ? select(mask, x) : x;
   }
 
   // to[x][c] = sum over edges of weights[edge] * from[edge][x][c]; mixed channels become anything.
@@ -157,9 +157,13 @@ void unpool_row(const Geometry<T>& g, int64_t start, const T* image, int64_t y, 
       const int64_t count = channels - at;
       const Vec<T> high = highest(image, square, at, count);
       Vec<T> left = load_channels(gradient + x * channels + at, count);
+      Vec<T> of_nan = claim_nan(left, high), value[4], share[4];
       for (int i = 0; i < square.count; ++i) {
-        const Vec<T> value = load_channels(image + square.pixel[i] + at, count);
-        store_channels(claim(left, value, high), to + square.pixel[i] + at, count);
+        value[i] = load_channels(image + square.pixel[i] + at, count);
+        share[i] = claim(left, value[i], high);
+      }
+      for (int i = square.count - 1; i >= 0; --i) {
+        store_channels(share[i] + claim(of_nan, value[i], high), to + square.pixel[i] + at, count);
       }
     }
   }

@@ -117,16 +117,23 @@ void every_second(const Padded<T>& in, int64_t first, int64_t y, int64_t width, 
   }
 }
 
-// The stride-2 skip connection before its normalisation.
+// The stride-2 skip connection before its normalisation. `row` holds twice [group][width].
 template <typename T, typename OnRow>
-void reduce(const Pointwise<T>& pointwise, const Padded<T>& in, const Vec<T>* even,
-            const Vec<T>* odd, int64_t height, int64_t width, Vec<T>* row, Vec<T>* out,
-            OnRow&& on_row) {
+void reduce(const Pointwise<T>& pointwise, const Layout& layout, const Padded<T>& in,
+            const Vec<T>* even, const Vec<T>* odd, int64_t height, int64_t width, Vec<T>* row,
+            Vec<T>* out, OnRow&& on_row) {
+  Vec<T>* second = row + layout.groups * width;
   for (int64_t y = 0; y < height; ++y) {
     every_second(in, 0, y, width, row);
     pointwise.row(row, width, even, out + y * width, height * width, width);
     every_second(in, 1, y, width, row);
-    pointwise.row(row, width, odd, out + y * width, height * width, width, true);
+    pointwise.row(row, width, odd, second, width, width);
+    for (int64_t g = 0; g < layout.groups; ++g) {
+      // no sum with zeros: what is NaN in one half stays there
+      const Vec<T> mask = channels_from<T>(layout, layout.channels / 2, g);
+      Vec<T>* to = out + g * height * width + y * width;
+      for (int64_t x = 0; x < width; ++x) to[x] = select(mask, second[g * width + x], to[x]);
+    }
     on_row(y);
   }
 }

@@ -165,7 +165,7 @@ class ForwardCell {
       if (reducing) {
         const int slot = reducing_slot(s, target);
         Vec<T>* out = outputs_[s][kReduced] + block * g.per_block(g.node_pixels);
-        reduce(weights_.pointwise(), input, weights_.reduce(slot, 0), weights_.reduce(slot, 1),
+        reduce(weights_.pointwise(), g.lanes, input, weights_.reduce(slot, 0), weights_.reduce(slot, 1),
                g.node_height, g.node_width, row, out,
                [&](int64_t y) { add_moments(moments_[s][kReduced], block, out, y); });
       }

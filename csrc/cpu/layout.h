@@ -193,6 +193,14 @@ Vec<T> in_lanes(const Layout& layout, const U* channels, int64_t g) {
   return Vec<T>::load(lanes);
 }
 
+// One in the lanes of plane `g` that hold channel `first` or a later one.
+template <typename T>
+Vec<T> channels_from(const Layout& layout, int64_t first, int64_t g) {
+  alignas(64) T lanes[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = T(g * kLanes + i % layout.group >= first);
+  return Vec<T>::load(lanes);
+}
+
 // `x` with zeros in the lanes of images that a last, short block does not have.
 template <typename T>
 Vec<T> without_missing(const Layout& layout, int64_t block, Vec<T> x) {
@@ -238,7 +246,7 @@ struct Moments {
 
   NAS_INLINE void add_row(const Vec<T>* row, int64_t width, bool first) {
     if (first) {
-      shift = row[0];
+      shift = finite_or_zero(row[0]);  // infinity less infinity would hide which it was
       sum = square = Vec<T>::zero();
     }
     // two accumulators each, so that no addition waits for the one before
