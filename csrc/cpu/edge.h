@@ -199,6 +199,14 @@ inline bool pool_alive(const bool (&live)[kEdges][kOperations], int source, int 
 inline bool pools_alive(const bool (&live)[kEdges][kOperations], int source) {
   return pool_alive(live, source, 0) || pool_alive(live, source, 1);
 }
+// Does any edge that leaves a state compute anything?
+inline bool any_alive(const bool (&live)[kEdges][kOperations], int source) {
+  for (int target = std::max(2, source + 1); target < kStates; ++target) {
+    const bool* edge = live[edge_of(source, target)];
+    if (std::find(edge, edge + kOperations, true) != edge + kOperations) return true;
+  }
+  return false;
+}
 inline bool any_first(const bool* live) {
   return live[kSep3] || live[kSep5] || live[kDil3] || live[kDil5];
 }

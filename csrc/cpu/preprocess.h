@@ -105,7 +105,8 @@ class Preprocess {
     }
   }
 
-  // `gradients` [2, N, H, W, C], of the normalised states.
+  // `gradients` [2, N, H, W, C], of the normalised states. A state that no active operation reads
+  // has none, which is not the same as zeros: their product with NaN is NaN.
   void backward(const CellBackward<T>& call, const T* gradients, const ThreadPool& pool) {
     for (int i = 0; i < count_; ++i) pack_back(call.weights, parts_[i], own_[i].transposed);
     for (int input = 0; input < 2; ++input) settle_gradient(call, input);
@@ -273,9 +274,16 @@ class Preprocess {
     });
     Vec<T>* dy = out_ + thread * out_size_;
     T* strip = in_ + thread * in_size_;
+    const T* images = input(call.before, call.previous, which, 0);
+    if (shape_.partial == 1 && !any_alive(call.live, which)) {
+      const T* end = input(call.before, call.previous, which, g.last_image(chunk));
+      const T* begin = input(call.before, call.previous, which, g.first_image(chunk));
+      if (wanted) std::fill(wanted + (begin - images), wanted + (end - images), T(0));
+      return;
+    }
     for (int64_t n = g.first_image(chunk); n < g.last_image(chunk); ++n) {
       const T* image = input(call.before, call.previous, which, n);
-      T* to = wanted ? wanted + (image - input(call.before, call.previous, which, 0)) : nullptr;
+      T* to = wanted ? wanted + (image - images) : nullptr;
       for (int64_t p = 0; p < g.pixels; p += kStrip) {
         const int64_t count = std::min(kStrip, g.pixels - p);
         const int64_t at = ((which * shape_.images + n) * g.pixels + p) * shape_.channels;
