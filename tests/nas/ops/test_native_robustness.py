@@ -83,11 +83,19 @@ IN_TRAINING = [
 
 
 def spoil(call: Call, where: str, value: float, draw: random.Random) -> bool:
-    """Put ``value`` at one place of a tensor or a weight of ``call``; false if there is no such."""
+    """Put ``value`` at one place of a tensor or a weight of ``call``.
+
+    False if there is no such tensor, or an edge was drawn that computes nothing: eager leaves its
+    mixing weights out of its graph, where the native twin multiplies them by zero gradients.
+    """
     target = call.plan.weights.unpack(call.weights).get(where, getattr(call, where, None))
     if target is None:
         return False
-    target[tuple(draw.randrange(size) for size in target.shape)] = value
+    place = tuple(draw.randrange(size) for size in target.shape)
+    mixing = where in ("operations", "edges")
+    if mixing and call.active is not None and not call.active[place[0], 1:].any():
+        return False
+    target[place] = value
     return True
 
 
@@ -118,7 +126,7 @@ def draw_spoilt(draw: random.Random, training: bool) -> Call:
         missing=(draw.randint(0, 1), draw.randint(0, 1)),
         training=training,
         edges=partial > 1 and draw.random() < 0.5,
-        choice=draw.choice(CHOICES),
+        choice=draw.choice(("all", *CHOICES)),
         seed=draw.randrange(2**16),
     )
 
@@ -126,7 +134,7 @@ def draw_spoilt(draw: random.Random, training: bool) -> Call:
 def compare_spoilt(where: str, value: float, training: bool) -> None:
     draw = random.Random(f"{where} {value} {training}")
     compared = spread = 0
-    while compared < 6:
+    while compared < 8:
         call = draw_spoilt(draw, training)
         if not spoil(call, where, value, draw):
             continue
