@@ -60,8 +60,10 @@ class BackwardCell {
     scratch_size_ = g.rectified_size() + g.between(nullptr).size() + 4 * padded_gradient(nullptr, 0).size() +
                     2 * g.per_block(g.node_pixels) + 2 * g.lanes.groups * g.width + 2 * g.width;
     scratch_ = arena_.take<Vec<T>>(pool.threads * scratch_size_);
-    wide_size_ = g.wide.groups * kLanes;
-    wide_ = arena_.take<T>(pool.threads * wide_size_);
+    passed_size_ = g.shape.partial > 1 ? g.node_width * g.shape.channels : 0;
+    passed_ = arena_.take<T>(pool.threads * passed_size_);
+    const bool halves = g.shape.partial > 1 && g.shape.reduction;
+    pooled_ = arena_.take<T>(halves ? 2 * g.shape.images * g.node_pixels * g.shape.channels : 0);
   }
 
   int64_t workspace_bytes() const { return arena_.used(); }
@@ -191,7 +193,7 @@ class BackwardCell {
         for (int64_t x = 0; x < g.per_block(g.node_pixels); ++x) planes[x] += inner[x];
       }
     } else {
-      split_gradient(target, block, inner, planes, wide_ + thread * wide_size_);
+      split_gradient(target, block, inner, planes, passed_ + thread * passed_size_);
     }
     for (int64_t group = 0; group < g.lanes.groups; ++group) {
       Vec<T> even = Vec<T>::zero(), odd = Vec<T>::zero();
@@ -207,49 +209,56 @@ class BackwardCell {
   }
 
   // PC-DARTS: undoes the shuffle; the mixed channels go on, the others go by the edges.
-  void split_gradient(int target, int64_t block, const Vec<T>* inner, Vec<T>* planes, T* pixel) {
+  void split_gradient(int target, int64_t block, const Vec<T>* inner, Vec<T>* planes, T* row) {
     const auto& g = geometry_;
-    const int64_t channels = g.shape.channels, mixed = g.lanes.channels;
-    const int64_t start = mixed / kLanes * kLanes;  // Vecs before it hold mixed channels alone
-    std::fill(planes, planes + g.per_block(g.node_pixels), Vec<T>::zero());
+    const int64_t channels = g.shape.channels, mixed = g.lanes.channels, width = g.node_width;
+    const Images<const T> from{call_.output_gradient + (target - 2) * channels,
+                               g.node_pixels * kNodes * channels, kNodes * channels};
+    if (!g.lanes.full(block)) {
+      std::fill(planes, planes + g.per_block(g.node_pixels), Vec<T>::zero());
+    }
     Vec<T> products[kStates];
     for (auto& product : products) product = Vec<T>::zero();
     for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
       const int64_t image = block * g.lanes.together + n;
-      for (int64_t x = 0; x < g.node_pixels; ++x) {
-        const int64_t place = image * g.node_pixels + x;
-        const T* gradient = call_.output_gradient + (place * kNodes + target - 2) * channels;
-        for (int64_t at = 0; at < channels; at += kLanes) {
-          Vec<T> sum = load_channels(gradient + at, channels - at);
-          if (inner && at < mixed) sum += image_lanes(g.lanes, inner + x, g.node_pixels, n, at);
-          if (inner && at >= start) {
-            sum += passed_by(target, image, x / g.node_width, x % g.node_width, at, products);
-          }
-          sum.store(pixel + at);
+      for (int64_t y = 0; y < g.node_height; ++y) {
+        Images<const T> gradient = from.skip(y * width);
+        gradient.at += image * from.image;
+        if (inner) {
+          send_back(target, image, y, gradient, products, row);
+          add_channels(g.lanes, inner + y * width, g.node_pixels, n, width, row, channels);
+          gradient = {row, 0, channels};
         }
-        unshuffle(pixel, mixed, g.shape.partial,
-                  reinterpret_cast<T*>(planes + x) + n * g.lanes.group, g.node_pixels * kLanes,
-                  rest_gradients_[target - 2] + place * channels);
+        for (int64_t x = 0; x < width; ++x) {
+          const int64_t place = y * width + x;
+          unshuffle(gradient.at + x * gradient.pixel, mixed, g.shape.partial,
+                    reinterpret_cast<T*>(planes + place) + n * g.lanes.group,
+                    g.node_pixels * kLanes,
+                    rest_gradients_[target - 2] + (image * g.node_pixels + place) * channels);
+        }
       }
     }
     if (inner) keep_products(target, block, products);
   }
 
-  // What the edges that leave state `s` let pass by sends back to its channels at..at + 15 at a
-  // node pixel; adds to products[target] what that edge's weight gets.
-  Vec<T> passed_by(int s, int64_t image, int64_t y, int64_t x, int64_t at, Vec<T>* products) {
+  // What the edges that leave state `s` let pass by sends back to a row of its pixels, added to
+  // `own`; adds to products[target] what that edge's weight gets.
+  void send_back(int s, int64_t image, int64_t y, Images<const T> own, Vec<T>* products, T* to) {
     const auto& g = geometry_;
-    const int64_t channels = g.shape.channels;
-    const Vec<T> state = bypassing(call_.states, call_.output, g, s, image, y, x, at);
-    const int64_t place = (image * g.node_pixels + y * g.node_width + x) * channels + at;
-    Vec<T> sum = Vec<T>::zero();
-    for (int target = std::max(2, s + 1); target < kStates; ++target) {
-      const Vec<T> rest =
-          load_channels<T>(rest_gradients_[target - 2] + place, channels - at);
-      products[target] += rest * state;
-      sum += rest * Vec<T>::splat(call_.bypass[edge_of(s, target)]);
+    const int first = std::max(2, s + 1), count = kStates - first;
+    const int64_t place = image * g.node_pixels + y * g.node_width;
+    const T* gradients[kSources] = {};
+    T weights[kSources] = {};
+    for (int k = 0; k < count; ++k) {
+      gradients[k] = rest_gradients_[first + k - 2] + place * g.shape.channels;
+      weights[k] = call_.bypass[edge_of(s, first + k)];
     }
-    return sum;
+    Images<const T> state = passing(g, s, call_.states, call_.output, pooled_);
+    state.at += image * state.image + y * g.node_width * state.pixel;
+    with_edges(count, [&](auto edges) {
+      PassedRow<T>(g, g.node_width)
+          .template send_back<edges>(gradients, weights, state, own, products + first, to);
+    });
   }
 
   void keep_products(int s, int64_t block, const Vec<T>* products) {
@@ -422,6 +431,10 @@ class BackwardCell {
       const Vec<T> b = without_missing(g.lanes, block, at[2 * g.lanes.groups]);
       const Vec<T>* from = gradient + group * g.node_pixels + first;
       const Vec<T>* plane = planes + group * g.node_pixels + first;
+      if (!call_.training) {  // d and b are zero, which would make NaN of infinity
+        for (int64_t x = 0; x < pixels; ++x) to[group * pixels + x] = a * from[x];
+        continue;
+      }
       for (int64_t x = 0; x < pixels; ++x) {
         to[group * pixels + x] = a * from[x] + (d * plane[x] + b);
       }
@@ -557,6 +570,7 @@ class BackwardCell {
     const int64_t width = g.node_width;
     gradient_of(coefficients_[s][kReduced], block, gradient,
                 outputs_[s][kReduced] + node_block(block), 0, g.node_pixels, own.gradient);
+    Vec<T>* half = own.row + g.lanes.groups * width;
     for (int odd = 0; odd < 2; ++odd) {
       for (int64_t y = 0; y < g.node_height; ++y) {
         const Vec<T>* row = own.gradient + y * width;
@@ -566,8 +580,14 @@ class BackwardCell {
                                     matrix_sums(s, chunk, kConvolutions + odd));
         }
         if (2 * y + odd >= g.height) continue;
-        pointwise.row(row, g.node_pixels, weights_.reduce_transposed(slot, odd), own.row, width,
-                      width);
+        for (int64_t group = 0; group < g.lanes.groups; ++group) {
+          const Vec<T> mask = channels_from<T>(g.lanes, g.lanes.channels / 2, group);
+          for (int64_t x = 0; x < width; ++x) {
+            const Vec<T> value = row[group * g.node_pixels + x];
+            half[group * width + x] = odd ? select(mask, value) : select(mask, Vec<T>::zero(), value);
+          }
+        }
+        pointwise.row(half, width, weights_.reduce_transposed(slot, odd), own.row, width, width);
         for (int64_t group = 0; group < g.lanes.groups; ++group) {
           const Vec<T>* mask = input.row(group, 2 * y + odd) + odd;
           Vec<T>* to = gradients_[s] +
@@ -650,7 +670,7 @@ class BackwardCell {
   // The sums over chunks of one convolution's gradients, in the order of the parameters.
   void unpack(int s, int target, int convolution) {
     const auto& g = geometry_;
-    const int64_t c = g.lanes.channels, inputs = g.lanes.groups * g.lanes.group;
+    const int64_t c = g.lanes.channels, inputs = weights_.pointwise().inputs();
     const int edge = edge_of(s, target);
     const auto over_chunks = [&](auto&& at) {
       Vec<T> total = at(0);
@@ -761,28 +781,35 @@ class BackwardCell {
                          g.pixels * channels, channels};
       for_blocks(unit / 2, [&](int64_t block) {
         pool_gradient(s, block, thread);
-        if (g.shape.partial > 1) complete_bypass(s, block, to.at);
+        if (g.shape.partial > 1) complete_bypass(s, block, passed_ + thread * passed_size_, to.at);
         const Vec<T>* planes = gradients_[s] + block * g.per_block(g.pixels);
         scatter(g.lanes, block, planes, g.pixels, g.pixels, to);
+        if (!call_.training) return;
+        for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
+          preprocess_.add_up(call_, state_gradients_, s, block * g.lanes.together + n);
+        }
       });
     });
   }
 
   // Writes all channels of the gradient of an input's state: the mixed ones are still zero.
-  void complete_bypass(int s, int64_t block, T* to) {
+  void complete_bypass(int s, int64_t block, T* row, T* to) {
     const auto& g = geometry_;
+    const int64_t channels = g.shape.channels;
+    const PassedRow<T> passed_row(g, g.node_width);
     Vec<T> products[kStates];
     for (auto& product : products) product = Vec<T>::zero();
     for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
       const int64_t image = block * g.lanes.together + n;
+      const T* state = call_.states + (s * g.shape.images + image) * g.pixels * channels;
+      T* gradient = to + image * g.pixels * channels;
+      const bool halved = g.stride(s) == 2;
+      T* pooled = pooled_ + (s * g.shape.images + image) * g.node_pixels * channels;
+      if (halved) pool_passing(g, passed_row.start, state, pooled);
       for (int64_t y = 0; y < g.node_height; ++y) {
-        for (int64_t x = 0; x < g.node_width; ++x) {
-          for (int64_t at = g.lanes.channels / kLanes * kLanes; at < g.shape.channels;
-               at += kLanes) {
-            bypass_gradient(call_.states, call_.output, g, s, image, y, x, at,
-                            passed_by(s, image, y, x, at, products), to);
-          }
-        }
+        T* out = halved ? row : gradient + y * g.node_width * channels;
+        send_back(s, image, y, {nullptr, 0, 0}, products, out);
+        if (halved) unpool_row(g, passed_row.start, state, y, row, gradient);
       }
     }
     keep_products(s, block, products);
@@ -836,9 +863,10 @@ class BackwardCell {
   T* state_gradients_;                         // [2, N, H, W, C]
   T* rest_gradients_[kNodes];                  // of what passed the edges by [N, h, w, C]
   double *merged_, *pair_sum_, *pair_product_;
-  int64_t scratch_size_, wide_size_;
+  int64_t scratch_size_, passed_size_;
   Vec<T>* scratch_;                            // a thread's own
-  T* wide_;
+  T* passed_;
+  T* pooled_;                                  // what passes from the inputs under stride 2
 };
 
 }  // namespace nas::NAS_ISA

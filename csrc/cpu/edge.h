@@ -107,16 +107,23 @@ void every_second(const Padded<T>& in, int64_t first, int64_t y, int64_t width, 
   }
 }
 
-// The stride-2 skip connection before its normalisation.
+// The stride-2 skip connection before its normalisation. `row` holds twice [group][width].
 template <typename T, typename OnRow>
-void reduce(const Pointwise<T>& pointwise, const Padded<T>& in, const Vec<T>* even,
-            const Vec<T>* odd, int64_t height, int64_t width, Vec<T>* row, Vec<T>* out,
-            OnRow&& on_row) {
+void reduce(const Pointwise<T>& pointwise, const Layout& layout, const Padded<T>& in,
+            const Vec<T>* even, const Vec<T>* odd, int64_t height, int64_t width, Vec<T>* row,
+            Vec<T>* out, OnRow&& on_row) {
+  Vec<T>* second = row + layout.groups * width;
   for (int64_t y = 0; y < height; ++y) {
     every_second(in, 0, y, width, row);
     pointwise.row(row, width, even, out + y * width, height * width, width);
     every_second(in, 1, y, width, row);
-    pointwise.row(row, width, odd, out + y * width, height * width, width, true);
+    pointwise.row(row, width, odd, second, width, width);
+    for (int64_t g = 0; g < layout.groups; ++g) {
+      // no sum with zeros: what is NaN in one half stays there
+      const Vec<T> mask = channels_from<T>(layout, layout.channels / 2, g);
+      Vec<T>* to = out + g * height * width + y * width;
+      for (int64_t x = 0; x < width; ++x) to[x] = select(mask, second[g * width + x], to[x]);
+    }
     on_row(y);
   }
 }
@@ -132,12 +139,10 @@ struct Geometry {
   int64_t node_height, node_width, node_pixels;
 
   explicit Geometry(const CellShape& s)
-      : shape(s), lanes(s.images, s.mixed()), wide(s.images, std::max(s.channels, int64_t(kLanes))),
+      : shape(s), lanes(s.images, s.mixed()), wide(whole_images(s.images, s.channels)),
         chunks(lanes.blocks), height(s.height), width(s.width), pixels(height * width),
         node_height(s.node_height()), node_width(s.node_width()),
-        node_pixels(node_height * node_width) {
-    wide.channels = s.channels;
-  }
+        node_pixels(node_height * node_width) {}
   int64_t state_height(int s) const { return s < 2 ? height : node_height; }
   int64_t state_width(int s) const { return s < 2 ? width : node_width; }
   int64_t state_pixels(int s) const { return s < 2 ? pixels : node_pixels; }
@@ -191,6 +196,14 @@ inline bool pool_alive(const bool (&live)[kEdges][kOperations], int source, int 
 }
 inline bool pools_alive(const bool (&live)[kEdges][kOperations], int source) {
   return pool_alive(live, source, 0) || pool_alive(live, source, 1);
+}
+// Does any edge that leaves a state compute anything?
+inline bool any_alive(const bool (&live)[kEdges][kOperations], int source) {
+  for (int target = std::max(2, source + 1); target < kStates; ++target) {
+    const bool* edge = live[edge_of(source, target)];
+    if (std::find(edge, edge + kOperations, true) != edge + kOperations) return true;
+  }
+  return false;
 }
 inline bool any_first(const bool* live) {
   return live[kSep3] || live[kSep5] || live[kDil3] || live[kDil5];

@@ -42,11 +42,13 @@ class ForwardCell {
     between_size_ = g.between(nullptr).size();
     const int64_t rows = g.lanes.groups * g.node_width;
     row_size_ = std::max(rows, 2 * g.width) + rows;
-    wide_size_ = 2 * g.wide.groups * kLanes;
+    passed_size_ = g.shape.partial > 1 ? g.node_width * g.shape.channels : 0;
     rectified_ = arena_.take<Vec<T>>(pool.threads * rectified_size_);
     second_ = arena_.take<Vec<T>>(pool.threads * between_size_);
     rows_ = arena_.take<Vec<T>>(pool.threads * row_size_);
-    wide_ = arena_.take<T>(pool.threads * wide_size_);
+    passed_ = arena_.take<T>(pool.threads * passed_size_);
+    const bool halves = g.shape.partial > 1 && g.shape.reduction;
+    pooled_ = arena_.take<T>(halves ? 2 * g.shape.images * g.node_pixels * g.shape.channels : 0);
   }
 
   int64_t workspace_bytes() const { return arena_.used(); }
@@ -60,10 +62,8 @@ class ForwardCell {
       while (first_edge(target + 1) <= edge) ++target;
       weights_.pack(call_.weights, int(edge), int(edge) - first_edge(target), target);
     });
-    preprocess_.forward(call_, pool_, merged_);
-    parallel(pool_, 2 * geometry_.chunks.count, [&](int64_t unit, int64_t) {
-      const int s = int(unit % 2);
-      for_blocks(unit / 2, [&](int64_t block) { gather_state(s, block); });
+    preprocess_.forward(call_, pool_, merged_, [&](int s, int64_t chunk) {
+      for_blocks(chunk, [&](int64_t block) { gather_state(s, block); });
     });
     for (int target = 2; target < kStates; ++target) make_node(target);
   }
@@ -165,7 +165,7 @@ class ForwardCell {
       if (reducing) {
         const int slot = reducing_slot(s, target);
         Vec<T>* out = outputs_[s][kReduced] + block * g.per_block(g.node_pixels);
-        reduce(weights_.pointwise(), input, weights_.reduce(slot, 0), weights_.reduce(slot, 1),
+        reduce(weights_.pointwise(), g.lanes, input, weights_.reduce(slot, 0), weights_.reduce(slot, 1),
                g.node_height, g.node_width, row, out,
                [&](int64_t y) { add_moments(moments_[s][kReduced], block, out, y); });
       }
@@ -316,7 +316,7 @@ class ForwardCell {
       if (g.shape.partial == 1) {
         scatter(g.lanes, block, row, width, width, node.skip(y * width));
       } else {
-        shuffle_row(target, block, y, row, node, wide_ + thread * wide_size_);
+        shuffle_row(target, block, y, row, node, passed_ + thread * passed_size_);
         if (target < kSources) {
           gather(g.lanes, block, Images<const T>{node.at, node.image, node.pixel}.skip(y * width),
                  width, states_[target] + block * g.per_block(g.node_pixels) + y * width,
@@ -344,24 +344,25 @@ class ForwardCell {
 
   // One row of a node of PC-DARTS: mixed channels, those that pass by, and their shuffle.
   void shuffle_row(int target, int64_t block, int64_t y, const Vec<T>* row, Images<T> node,
-                   T* pixel) {
+                   T* passed) {
     const auto& g = geometry_;
-    const int64_t mixed = g.lanes.channels;
-    const T* lanes = reinterpret_cast<const T*>(row);
+    const int64_t mixed = g.lanes.channels, first = y * g.node_width;
+    const PassedRow<T> passed_row(g, g.node_width);
+    Images<const T> from[kSources];
     for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
       const int64_t image = block * g.lanes.together + n;
+      for (int s = 0; s < target; ++s) {
+        from[s] = passing(g, s, call_.states, call_.output, pooled_);
+        from[s].at += image * from[s].image + first * from[s].pixel;
+      }
+      with_edges(target, [&](auto edges) {
+        passed_row.template add_up<edges>(from, call_.bypass + first_edge(target), passed);
+      });
+      T* to = node.at + image * node.image + first * node.pixel;
       for (int64_t x = 0; x < g.node_width; ++x) {
-        for (int64_t at = mixed / kLanes * kLanes; at < g.shape.channels; at += kLanes) {
-          Vec<T> sum = Vec<T>::zero();
-          for (int s = 0; s < target; ++s) {
-            sum += Vec<T>::splat(call_.bypass[edge_of(s, target)]) *
-                   bypassing(call_.states, call_.output, g, s, image, y, x, at);
-          }
-          sum.store(pixel + at);
-        }
-        copy_lanes(g.lanes, lanes + x * kLanes, g.node_width * kLanes, n, pixel);
-        shuffle(pixel, mixed, g.shape.partial,
-                node.at + image * node.image + (y * g.node_width + x) * node.pixel);
+        const T* lanes = reinterpret_cast<const T*>(row + x) + n * g.lanes.group;
+        shuffle(lanes, g.node_width * kLanes, passed + x * g.shape.channels, mixed,
+                g.shape.partial, to + x * node.pixel);
       }
     }
   }
@@ -371,6 +372,13 @@ class ForwardCell {
     const Images<const T> from{call_.states + s * g.shape.images * g.pixels * g.shape.channels,
                                g.pixels * g.shape.channels, g.shape.channels};
     gather(g.lanes, block, from, g.pixels, states_[s] + block * g.per_block(g.pixels), g.pixels);
+    if (g.shape.partial == 1 || g.stride(s) == 1) return;
+    const PassedRow<T> passed_row(g, g.node_width);
+    for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
+      const int64_t image = block * g.lanes.together + n;
+      pool_passing(g, passed_row.start, from.at + image * from.image,
+                   pooled_ + (s * g.shape.images + image) * g.node_pixels * g.shape.channels);
+    }
   }
 
   template <typename F>
@@ -398,9 +406,10 @@ class ForwardCell {
   const Vec<T>* planes_[kSources * kOperations];
   int terms_ = 0;
   double* merged_;
-  int64_t rectified_size_, between_size_, row_size_, wide_size_;
+  int64_t rectified_size_, between_size_, row_size_, passed_size_;
   Vec<T>*rectified_, *second_, *rows_;  // a thread's own
-  T* wide_;
+  T* passed_;
+  T* pooled_;                        // what passes from the inputs under stride 2 [2, N, h, w, C]
 };
 
 }  // namespace nas::NAS_ISA
