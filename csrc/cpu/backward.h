@@ -44,14 +44,12 @@ class BackwardCell {
     merged_ = arena_.take<double>(4 * g.lanes.channels);
     pair_sum_ = arena_.take<double>(g.lanes.channels);
     pair_product_ = arena_.take<double>(g.lanes.channels);
-    for (int s = 0; s < kSources; ++s) {
-      for (auto& slot : between_gradients_[s]) slot = arena_.take<Vec<T>>(g.node_planes());
-      for (auto& slot : sums_[s]) slot = arena_.take<Vec<T>>(2 * planes);
-      for (auto& slot : coefficients_[s]) slot = arena_.take<Vec<T>>(3 * g.lanes.groups);
-      taps_[s] = arena_.take<Vec<T>>(g.chunks.count * kTaps * g.lanes.groups);
-      matrices_[s] =
-          arena_.take<Vec<T>>(g.chunks.count * (kConvolutions + 2) * weights_.pointwise().weights());
-    }
+    for (auto& slot : between_gradients_) slot = arena_.take<Vec<T>>(g.node_planes());
+    for (auto& slot : sums_) slot = arena_.take<Vec<T>>(2 * planes);
+    for (auto& slot : coefficients_) slot = arena_.take<Vec<T>>(3 * g.lanes.groups);
+    taps_ = arena_.take<Vec<T>>(g.chunks.count * kTaps * g.lanes.groups);
+    matrices_ =
+        arena_.take<Vec<T>>(g.chunks.count * (kConvolutions + 2) * weights_.pointwise().weights());
     state_gradients_ = arena_.take<T>(2 * g.shape.images * g.pixels * g.shape.channels);
     for (auto& node : rest_gradients_) {
       node = arena_.take<T>(
@@ -282,11 +280,11 @@ class BackwardCell {
       over_chunks([&](auto... arguments) { second_convolutions(arguments...); });
       settle_between(s, target);
       over_chunks([&](auto... arguments) { first_convolutions(arguments...); });
+      if (!call_.weights_gradient) continue;
+      parallel(pool_, kConvolutions + 1, [&](int64_t convolution, int64_t) {
+        unpack(s, target, int(convolution));
+      });
     }
-    if (!call_.weights_gradient) return;
-    parallel(pool_, target * (kConvolutions + 1), [&](int64_t unit, int64_t) {
-      unpack(int(unit / (kConvolutions + 1)), target, int(unit % (kConvolutions + 1)));
-    });
   }
 
   // Where an edge's convolutions were kept, and scale and shift between those of the separable ones.
@@ -295,60 +293,83 @@ class BackwardCell {
     const Kept<T> kept(g);
     const Vec<T>* planes = reinterpret_cast<const Vec<T>*>(call_.kept);
     for (int convolution = 0; convolution < kConvolutions; ++convolution) {
-      outputs_[s][slot_of(convolution)] =
+      outputs_[slot_of(convolution)] =
           planes + kept.convolution(edge_of(s, target), convolution);
     }
     if (g.stride(s) == 2) {
-      outputs_[s][kReduced] = planes + kept.reduced(reducing_slot(s, target));
+      outputs_[kReduced] = planes + kept.reduced(reducing_slot(s, target));
     }
     for (int k = 0; k < 2; ++k) {
       const int64_t at = statistics(s, target, kFirst[k].convolution);
       for (int64_t group = 0; group < g.lanes.groups; ++group) {
         const Vec<T> scale = in_lanes<T>(g.lanes, call_.reciprocal_deviation + at, group);
-        Vec<T>* to = coefficients_[s][kA3 + k] + group;
+        Vec<T>* to = coefficients_[kA3 + k] + group;
         to[0] = scale;
         to[g.lanes.groups] = Vec<T>::zero() - mean(at, group) * scale;
       }
     }
   }
 
-  // Products of the node's gradient with all that an edge adds to the node.
+  // Products of the node's gradient with all that an edge adds to the node; a piece of the gradient
+  // stays in the nearest cache for all of them.
   void dot_products(int s, int target, int64_t chunk, int64_t) {
     const auto& g = geometry_;
-    const bool* live = call_.live[edge_of(s, target)];
+    constexpr int64_t piece = 64;
+    Factor factors[kOperations];
+    const int count = list_factors(s, target, factors);
     for_blocks(chunk, [&](int64_t block) {
-      const int64_t at = node_block(block);
-      const Vec<T>* gradient = node_gradients_[target - 2] + at;
-      const auto dot = [&](int sum, const Vec<T>* planes, int64_t statistic) {
-        for (int64_t group = 0; group < g.lanes.groups; ++group) {
-          const int64_t plane = group * g.node_pixels;
-          const Vec<T> shift = statistic < 0 ? Vec<T>::zero() : mean(statistic, group);
-          Vec<T>& total = sums_[s][sum][block * g.lanes.groups + group];
-          total = Vec<T>::zero();
-          add_product(total, gradient + plane, planes + at + plane, shift, g.node_pixels);
+      for (int64_t group = 0; group < g.lanes.groups; ++group) {
+        const int64_t at = node_block(block) + group * g.node_pixels;
+        const Vec<T>* gradient = node_gradients_[target - 2] + at;
+        Vec<T> totals[kOperations], shifts[kOperations];
+        for (int i = 0; i < count; ++i) {
+          totals[i] = Vec<T>::zero();
+          const int64_t statistic = factors[i].statistic;
+          shifts[i] = statistic < 0 ? Vec<T>::zero() : mean(statistic, group);
         }
-      };
-      for (int operation = kSep3; operation <= kDil5; ++operation) {
-        if (!live[operation]) continue;
-        const int convolution = last_convolution(operation), slot = slot_of(convolution);
-        dot(slot, outputs_[s][slot], statistics(s, target, convolution));
-      }
-      if (live[kSkip] && g.stride(s) == 2) {
-        dot(kReduced, outputs_[s][kReduced],
-            call_.shape.reduce_statistics(reducing_slot(s, target)));
-      } else if (live[kSkip]) {
-        dot(kSumSkip, states_[s], -1);
-      }
-      for (int average = 0; average < 2; ++average) {
-        if (!live[kMaxPool + average]) continue;
-        dot(kSumMax + average, pools_[s][average], call_.shape.pool_statistics(s, average));
+        for (int64_t x = 0; x < g.node_pixels; x += piece) {
+          const int64_t pixels = std::min(piece, g.node_pixels - x);
+          for (int i = 0; i < count; ++i) {
+            add_product(totals[i], gradient + x, factors[i].planes + at + x, shifts[i], pixels);
+          }
+        }
+        for (int i = 0; i < count; ++i) {
+          sums_[factors[i].sum][block * g.lanes.groups + group] = totals[i];
+        }
       }
     });
   }
 
+  struct Factor {
+    int sum;
+    const Vec<T>* planes;
+    int64_t statistic;  // what it is normalised by, or -1
+  };
+  int list_factors(int s, int target, Factor* factors) const {
+    const auto& shape = call_.shape;
+    const bool* live = call_.live[edge_of(s, target)];
+    int count = 0;
+    for (int operation = kSep3; operation <= kDil5; ++operation) {
+      if (!live[operation]) continue;
+      const int convolution = last_convolution(operation), slot = slot_of(convolution);
+      factors[count++] = {slot, outputs_[slot], statistics(s, target, convolution)};
+    }
+    if (live[kSkip] && geometry_.stride(s) == 2) {
+      factors[count++] = {kReduced, outputs_[kReduced],
+                          shape.reduce_statistics(reducing_slot(s, target))};
+    } else if (live[kSkip]) {
+      factors[count++] = {kSumSkip, states_[s], -1};
+    }
+    for (int average = 0; average < 2; ++average) {
+      if (!live[kMaxPool + average]) continue;
+      factors[count++] = {kSumMax + average, pools_[s][average], shape.pool_statistics(s, average)};
+    }
+    return count;
+  }
+
   void rectify_between(int s, int k, int64_t block, const Padded<T>& to) const {
-    const Vec<T>* scale = coefficients_[s][kA3 + k];
-    normalise_and_rectify(outputs_[s][kA3 + k] + node_block(block), scale,
+    const Vec<T>* scale = coefficients_[kA3 + k];
+    normalise_and_rectify(outputs_[kA3 + k] + node_block(block), scale,
                           scale + geometry_.lanes.groups, to);
   }
 
@@ -360,7 +381,7 @@ class BackwardCell {
     const bool* live = call_.live[edge];
     const double* sum = node_totals_[target - 2];
     const auto settle = [&](int operation, int slot, int64_t at, double* product) {
-      merge_sums(g.lanes, sums_[s][slot], product);
+      merge_sums(g.lanes, sums_[slot], product);
       if (call_.operations_gradient) {
         double total = 0;
         for (int64_t c = 0; c < g.lanes.channels; ++c) {
@@ -370,7 +391,7 @@ class BackwardCell {
       }
       if (slot < kSlots) {
         store_coefficients(double(weight(edge, operation)), at, sum, product,
-                           coefficients_[s][slot]);
+                           coefficients_[slot]);
       }
     };
     for (int operation = kSep3; operation <= kDil5; ++operation) {
@@ -455,7 +476,7 @@ class BackwardCell {
     for (int64_t y = 0; y < g.node_height; y += rows) {
       const int64_t count = std::min(rows, g.node_height - y);
       const int64_t first = y * g.node_width, pixels = count * g.node_width;
-      gradient_of(coefficients_[s][slot], block, gradient, outputs_[s][slot] + node_block(block),
+      gradient_of(coefficients_[slot], block, gradient, outputs_[slot] + node_block(block),
                   first, pixels, strip);
       for (int64_t row = 0; row < count; ++row) {
         pointwise.row(strip + row * g.node_width, pixels, weights_.transposed(edge, convolution),
@@ -465,7 +486,7 @@ class BackwardCell {
         depthwise_rows(depthwise, input, weights_.taps(edge, convolution), y, count, g.node_width,
                        between);
         pointwise.weight_gradient(between, pixels, strip, pixels, pixels,
-                                  matrix_sums(s, chunk, convolution));
+                                  matrix_sums(chunk, convolution));
       }
     }
     if (!call_.weights_gradient) return;
@@ -474,7 +495,7 @@ class BackwardCell {
       depthwise.weight_gradient(
           input.first_tap(group, depthwise.padding()), input.pitch(), padded.row(group, 0),
           padded.pitch(), g.node_height, g.node_width,
-          tap_sums(s, chunk) + table.offset() * g.lanes.groups + group * depthwise.taps());
+          tap_sums(chunk) + table.offset() * g.lanes.groups + group * depthwise.taps());
     }
   }
 
@@ -509,7 +530,7 @@ class BackwardCell {
     const Padded<T> input = g.rectified(own.rectified, s);
     const Padded<T> second = g.between(own.second);
     const Padded<T> padded = padded_gradient(own.padded, 0);
-    if (call_.weights_gradient) clear_sums(s, chunk);
+    if (call_.weights_gradient) clear_sums(chunk);
     for_blocks(chunk, [&](int64_t block) {
       const Vec<T>* gradient = node_gradients_[target - 2] + node_block(block);
       for (int k = 0; k < 2; ++k) {
@@ -539,11 +560,11 @@ class BackwardCell {
                     int64_t group, int64_t y, const Vec<T>* row) {
     const auto& g = geometry_;
     const int64_t at = node_block(block) + group * g.node_pixels + y * g.node_width;
-    const Vec<T>* first = outputs_[s][kA3 + k] + at;
-    Vec<T>* to = between_gradients_[s][k] + at;
+    const Vec<T>* first = outputs_[kA3 + k] + at;
+    Vec<T>* to = between_gradients_[k] + at;
     const Vec<T>* mask = second.row(group, y);
     const Vec<T> shift = mean(statistics(s, target, kFirst[k].convolution), group);
-    Vec<T>* sum = sums_[s][kA3 + k] + (block * g.lanes.groups + group) * 2;
+    Vec<T>* sum = sums_[kA3 + k] + (block * g.lanes.groups + group) * 2;
     if (y == 0) sum[0] = sum[1] = Vec<T>::zero();
     Vec<T> total = sum[0], product = sum[1];
     for (int64_t x = 0; x < g.node_width; ++x) {
@@ -568,8 +589,8 @@ class BackwardCell {
     const Pointwise<T>& pointwise = weights_.pointwise();
     const int slot = reducing_slot(s, target);
     const int64_t width = g.node_width;
-    gradient_of(coefficients_[s][kReduced], block, gradient,
-                outputs_[s][kReduced] + node_block(block), 0, g.node_pixels, own.gradient);
+    gradient_of(coefficients_[kReduced], block, gradient,
+                outputs_[kReduced] + node_block(block), 0, g.node_pixels, own.gradient);
     Vec<T>* half = own.row + g.lanes.groups * width;
     for (int odd = 0; odd < 2; ++odd) {
       for (int64_t y = 0; y < g.node_height; ++y) {
@@ -577,7 +598,7 @@ class BackwardCell {
         if (call_.weights_gradient) {
           every_second(input, odd, y, width, own.row);
           pointwise.weight_gradient(own.row, width, row, g.node_pixels, width,
-                                    matrix_sums(s, chunk, kConvolutions + odd));
+                                    matrix_sums(chunk, kConvolutions + odd));
         }
         if (2 * y + odd >= g.height) continue;
         for (int64_t group = 0; group < g.lanes.groups; ++group) {
@@ -605,9 +626,9 @@ class BackwardCell {
     const bool* live = call_.live[edge_of(s, target)];
     for (int k = 0; k < 2; ++k) {
       if (!live[kFirst[k].operation]) continue;
-      merge_pairs(sums_[s][kA3 + k]);
+      merge_pairs(sums_[kA3 + k]);
       store_coefficients(1.0, statistics(s, target, kFirst[k].convolution), pair_sum_, pair_product_,
-                         coefficients_[s][kA3 + k]);
+                         coefficients_[kA3 + k]);
     }
   }
 
@@ -627,7 +648,7 @@ class BackwardCell {
       rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
       for (int k = 0; k < 4; ++k) {
         if (!live[kFirst[k].operation]) continue;
-        const Vec<T>* gradient = k < 2 ? between_gradients_[s][k] : node_gradients_[target - 2];
+        const Vec<T>* gradient = k < 2 ? between_gradients_[k] : node_gradients_[target - 2];
         gradient_into(padded_gradient(own.padded, k), s, edge, kFirst[k].convolution, depthwise[k],
                       block, chunk, input, gradient + node_block(block), own);
       }
@@ -655,16 +676,16 @@ class BackwardCell {
     });
   }
 
-  Vec<T>* tap_sums(int s, int64_t chunk) const {
-    return taps_[s] + chunk * kTaps * geometry_.lanes.groups;
+  Vec<T>* tap_sums(int64_t chunk) const {
+    return taps_ + chunk * kTaps * geometry_.lanes.groups;
   }
-  Vec<T>* matrix_sums(int s, int64_t chunk, int convolution) const {
-    return matrices_[s] +
+  Vec<T>* matrix_sums(int64_t chunk, int convolution) const {
+    return matrices_ +
            (chunk * (kConvolutions + 2) + convolution) * weights_.pointwise().weights();
   }
-  void clear_sums(int s, int64_t chunk) {
-    std::fill(tap_sums(s, chunk), tap_sums(s, chunk + 1), Vec<T>::zero());
-    std::fill(matrix_sums(s, chunk, 0), matrix_sums(s, chunk + 1, 0), Vec<T>::zero());
+  void clear_sums(int64_t chunk) {
+    std::fill(tap_sums(chunk), tap_sums(chunk + 1), Vec<T>::zero());
+    std::fill(matrix_sums(chunk, 0), matrix_sums(chunk + 1, 0), Vec<T>::zero());
   }
 
   // The sums over chunks of one convolution's gradients, in the order of the parameters.
@@ -681,7 +702,7 @@ class BackwardCell {
       for (int64_t group = 0; group < g.lanes.groups; ++group) {
         for (int64_t in = 0; in < c; ++in) {
           const Vec<T> total = over_chunks([&](int64_t chunk) {
-            return matrix_sums(s, chunk, which)[group * inputs + in];
+            return matrix_sums(chunk, which)[group * inputs + in];
           });
           T values[kLanes] = {};
           add_lanes(g.lanes, g.lanes.together, 0, total, values);
@@ -710,7 +731,7 @@ class BackwardCell {
     for (int64_t group = 0; group < g.lanes.groups; ++group) {
       for (int tap = 0; tap < taps; ++tap) {
         const Vec<T> total = over_chunks([&](int64_t chunk) {
-          return tap_sums(s, chunk)[slot.offset() * g.lanes.groups + group * taps + tap];
+          return tap_sums(chunk)[slot.offset() * g.lanes.groups + group * taps + tap];
         });
         add_lanes(g.lanes, g.lanes.together, group, total, to + tap * c);
       }
@@ -854,12 +875,13 @@ class BackwardCell {
   double* node_totals_[kNodes];                // [channel]
   double* pool_totals_;                        // [edge][maximum, average][channel]
   Vec<T>* bypass_sums_;                        // [edge][block]
-  const Vec<T>* outputs_[kSources][kSlots];    // of the edges at hand, as the forward pass kept them
-  Vec<T>* between_gradients_[kSources][2];     // between the convolutions of the separable ones
-  Vec<T>* sums_[kSources][kSums];              // [block][group], pairs for the first convolutions
-  Vec<T>* coefficients_[kSources][kSlots];
-  Vec<T>* taps_[kSources];                     // weight gradients of the edges at hand, by chunk
-  Vec<T>* matrices_[kSources];
+  // Of the edge at hand:
+  const Vec<T>* outputs_[kSlots];              // as the forward pass kept them
+  Vec<T>* between_gradients_[2];               // between the convolutions of the separable ones
+  Vec<T>* sums_[kSums];                        // [block][group], pairs for the first convolutions
+  Vec<T>* coefficients_[kSlots];
+  Vec<T>* taps_;                               // weight gradients, by chunk
+  Vec<T>* matrices_;
   T* state_gradients_;                         // [2, N, H, W, C]
   T* rest_gradients_[kNodes];                  // of what passed the edges by [N, h, w, C]
   double *merged_, *pair_sum_, *pair_product_;
