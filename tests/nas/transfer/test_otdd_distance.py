@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.optimize
+import scipy.stats
 import torch
 from sketches import blobs, sketch_of
 from torch import Tensor
 
-from nas.errors import ConfigurationError, UnknownNameError
+from nas.errors import ConfigurationError, NASError, UnknownNameError
 from nas.transfer.otdd import DatasetSketch, OTDDConfig, distance, squared_distance
+from nas.transfer.otdd.distance import ground_cost
 from nas.transfer.otdd.labels import LABEL_DISTANCES, bures_squared
 
 FIRST = torch.tensor([[2, 0.5], [0.5, 1]], dtype=torch.float64)
@@ -162,3 +164,83 @@ class TestBadInput:
         b = DatasetSketch(**{**vars(a), "embedding": "another"})
         with pytest.raises(ConfigurationError, match="different embeddings"):
             distance(a, b)
+
+
+class TestEntropic:
+    def test_becomes_exact_as_the_regularisation_goes(self) -> None:
+        """From above, and no further off than epsilon log n: a plan's KL is at most that."""
+        a, b = sketch_of(*blobs(0)), sketch_of(*blobs(1))
+        exact, mean = squared_distance(a, b, OTDDConfig()), ground_cost(a, b, "gaussian").mean()
+        shares = (1, 0.3, 0.1, 0.03, 0.01)
+        configs = [OTDDConfig(outer="entropic", regularisation=s, debiased=False) for s in shares]
+        errors = [squared_distance(a, b, config) - exact for config in configs]
+        assert errors == sorted(errors, reverse=True)
+        for share, error in zip(shares, errors, strict=True):
+            assert 0 < error <= share * float(mean) * np.log(24)
+
+    def test_its_value_is_the_primal_one(self) -> None:
+        """<P, C> + epsilon KL(P | a b) of a plan by plain Sinkhorn."""
+        a, b = sketch_of(*blobs(0)), sketch_of(*blobs(1))
+        cost = ground_cost(a, b, "means").numpy()
+        epsilon = 0.3 * cost.mean()
+        kernel, u, v = np.exp(-cost / epsilon), np.ones(24), np.ones(24)
+        for _ in range(5000):
+            u = 1 / 24 / (kernel @ v)
+            v = 1 / 24 / (kernel.T @ u)
+        plan = u[:, None] * kernel * v
+        expected = (plan * cost).sum() + epsilon * (plan * np.log(plan * 24 * 24)).sum()
+        config = OTDDConfig("means", "entropic", 0.3, debiased=False)
+        assert squared_distance(a, b, config) == pytest.approx(expected, rel=1e-6)
+
+    def test_debiased(self) -> None:
+        features, labels = blobs(0)
+        a, b = sketch_of(features, labels), sketch_of(features + 1, labels)
+        assert distance(a, a, OTDDConfig(outer="entropic")) == pytest.approx(0, abs=1e-6)
+        biased = OTDDConfig(outer="entropic", debiased=False)
+        assert distance(a, a, biased) > 1
+        # the divergence of a shifted copy is the shift, at any regularisation
+        config = OTDDConfig(outer="entropic", regularisation=0.5)
+        assert squared_distance(a, b, config) == pytest.approx(2 * 4, rel=1e-4)
+        assert squared_distance(b, a, config) == pytest.approx(2 * 4, rel=1e-4)
+
+
+class TestSliced:
+    CONFIG = OTDDConfig("diagonal", "sliced")
+
+    def test_itself_and_shift(self) -> None:
+        features, labels = blobs(0)
+        a, b = sketch_of(features, labels), sketch_of(features + 1, labels)
+        assert distance(a, a, self.CONFIG) == pytest.approx(0, abs=1e-7)
+        assert squared_distance(a, b, self.CONFIG) == pytest.approx(8, rel=1e-9)
+
+    def test_is_a_lower_bound_that_ranks_alike(self) -> None:
+        a = sketch_of(*blobs(0))
+        others = []
+        for seed in range(1, 9):
+            features, labels = blobs(seed)
+            others.append(sketch_of((1 + 0.5 * seed) * features, labels))
+        sliced = [distance(a, b, self.CONFIG) for b in others]
+        exact = [distance(a, b, OTDDConfig("diagonal")) for b in others]
+        assert all(s <= e for s, e in zip(sliced, exact, strict=True))
+        assert scipy.stats.spearmanr(sliced, exact).statistic > 0.9
+
+    def test_weights_count(self) -> None:
+        """Two points of weight 1/2 and 1/2 are four, two of them twice."""
+        features, labels = blobs(0, classes=2, images=4)
+        a, b = sketch_of(features, labels), sketch_of(*blobs(1, classes=2, images=4))
+        values = {name: getattr(a, name) for name in vars(a) if name in a.__dataclass_fields__}
+        twice = DatasetSketch(
+            **{**values, "points": a.points.repeat(2, 1), "labels": a.labels.repeat(2)}
+        )
+        expected = distance(a, b, self.CONFIG)
+        assert distance(twice, b, self.CONFIG) == pytest.approx(expected, rel=1e-9)
+
+    def test_refuses_classes_that_are_no_vectors(self) -> None:
+        with pytest.raises(ConfigurationError, match="'diagonal' or 'means', not 'gaussian'"):
+            OTDDConfig("gaussian", "sliced")
+
+
+def test_an_iteration_that_does_not_settle_is_an_error() -> None:
+    a, b = sketch_of(*blobs(0)), sketch_of(*blobs(1))
+    with pytest.raises(NASError, match="take a larger one, or the exact outer problem"):
+        distance(a, b, OTDDConfig(outer="entropic", regularisation=0.001))
