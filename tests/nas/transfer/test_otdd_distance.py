@@ -242,3 +242,12 @@ def test_an_iteration_that_does_not_settle_is_an_error() -> None:
     a, b = sketch_of(*blobs(0)), sketch_of(*blobs(1))
     with pytest.raises(NASError, match="take a larger one, or the exact outer problem"):
         distance(a, b, OTDDConfig(outer="entropic", regularisation=0.001))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.1])
+def test_both_ways_to_iterate_agree(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    a, b = sketch_of(*blobs(0)), sketch_of(*blobs(1))
+    config = OTDDConfig(outer="entropic", regularisation=share, debiased=False)
+    plain = squared_distance(a, b, config)
+    monkeypatch.setattr("nas.transfer.otdd.transport.SAFE_EXPONENT", 0)
+    assert squared_distance(a, b, config) == pytest.approx(plain, rel=1e-6)
