@@ -14,7 +14,7 @@ import typer
 from nas.architecture import Skeleton
 from nas.data.catalog import FOLDER_PREFIX
 from nas.errors import NASError
-from nas.ops.backend import AUTO
+from nas.ops.backend import AUTO, FLOAT32
 from nas.search import Method, SearchConfig, find_method
 from nas.training import TrainConfig
 from nas.transfer.cell import parse_macs
@@ -71,6 +71,7 @@ def transfer_command(
     model_name: o.ModelName = None,
     device: o.Device = "auto",
     backend: o.Backend = AUTO,
+    storage: o.Storage = FLOAT32,
     workers: o.Workers = 0,
     parallel: o.Parallel = None,
     data: o.DataRoot = None,
@@ -100,7 +101,17 @@ def transfer_command(
                 model_name=model_name or _model_name(target),
             ),
         ),
-        Machine(device, workers, parallel, scale.threads, data, fresh, _options(context), backend),
+        Machine(
+            device,
+            workers,
+            parallel,
+            scale.threads,
+            data,
+            fresh,
+            _options(context),
+            backend,
+            storage,
+        ),
     )
 
 
@@ -119,6 +130,7 @@ def search_command(
     search_cells: o.SearchCells = None,
     device: o.Device = "auto",
     backend: o.Backend = AUTO,
+    storage: o.Storage = FLOAT32,
     workers: o.Workers = 0,
     data: o.DataRoot = None,
     fresh: o.Fresh = False,
@@ -133,7 +145,9 @@ def search_command(
         SearchSettings(
             DataSettings(source, source_size, source_limit, scale.largest), searcher, config, seed
         ),
-        Machine(device, workers, None, scale.threads, data, fresh, _options(context), backend),
+        Machine(
+            device, workers, None, scale.threads, data, fresh, _options(context), backend, storage
+        ),
     )
 
 

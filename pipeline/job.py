@@ -14,7 +14,7 @@ import torch
 from nas.data import ImageTask, load_task
 from nas.hardware import pick_device
 from nas.observer import EpochRecord, Observer
-from nas.ops.backend import AUTO
+from nas.ops.backend import AUTO, FLOAT32
 from pipeline.console import Observers, ProgressObserver, counting, say
 from pipeline.settings import DataSettings
 from pipeline.steps import home
@@ -35,6 +35,7 @@ class Machine:
         fresh: never reuse a finished step or go on with a killed one.
         options: of the command line, to be logged as parameters of the run.
         backend: of a search: "auto", "native" or "eager" (:mod:`nas.ops.backend`).
+        storage: of a search's images between its cells: "float32" or "bfloat16".
     """
 
     device: str = "auto"
@@ -45,6 +46,7 @@ class Machine:
     fresh: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
     backend: str = AUTO
+    storage: str = FLOAT32
 
 
 @dataclass(frozen=True)

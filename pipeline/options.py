@@ -235,6 +235,14 @@ Backend = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+Storage = Annotated[
+    str,
+    typer.Option(
+        help="How a search keeps images between the cells of its supernet. bfloat16 takes less "
+        "time and memory than float32 and rounds more, which may lead the search to other cells.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Workers = Annotated[
     int,
     typer.Option(

@@ -11,7 +11,7 @@ from nas.architecture import Architecture, Skeleton
 from nas.data import ImageTask
 from nas.errors import NASError, TrackingError
 from nas.hardware import pick_device
-from nas.ops.backend import NATIVE, Backend, choose
+from nas.ops.backend import NATIVE, STORAGES, Backend, choose
 from nas.ops.mixed import OPERATIONS
 from nas.ops.recipe import source_digest, source_folder
 from nas.search import BilevelSearch, Method, SearchConfig, SearchResult
@@ -69,8 +69,10 @@ def pick_backend(machine: Machine) -> Backend:
 
     Raises:
         ConfigurationError: the device is not there, or native kernels are wanted and not to be had.
-        UnknownNameError: there is no such backend.
+        UnknownNameError: there is no such backend, or no such storage.
     """
+    if machine.storage not in STORAGES:
+        raise UnknownNameError("storage", machine.storage, STORAGES)
     backend = choose(machine.backend, pick_device(machine.device), say)
     reason = backend.reason
     if backend.name == NATIVE:  # python -m nas.ops.build tells the rest
@@ -95,6 +97,7 @@ def search_step(
             device=job.device,
             workers=job.machine.workers,
             backend=backend.name,
+            storage=job.machine.storage,
         )
         with watched(title, step.log) as observer:
             result = search.run(step.checkpoint, observer)
@@ -109,6 +112,7 @@ def search_step(
             "config": asdict(config),
             "seed": seed,
             "device": job.device.type,
+            "storage": job.machine.storage,
             **_kernels(backend),
         },
         body,
@@ -120,6 +124,7 @@ def search_step(
             "method": method.name,
             "source": task.name,
             "backend": backend.name,
+            "storage": job.machine.storage,
         },
         say=say,
     )

@@ -19,24 +19,24 @@
 
 namespace nas::NAS_ISA {
 
-template <typename T>
+template <typename S, typename T>
 class BackwardCell {
  public:
-  BackwardCell(const CellBackward<T>& call, const ThreadPool& pool, void* workspace)
+  BackwardCell(const CellBackward<S, T>& call, const ThreadPool& pool, void* workspace)
       : call_(call), pool_(pool), geometry_(call.shape), arena_(workspace),
         weights_(call.shape, geometry_.lanes, arena_, true),
         preprocess_(call.shape, pool.threads, arena_, true) {
     const auto& g = geometry_;
     const int64_t planes = g.lanes.blocks * g.lanes.groups;
     for (int s = 0; s < kSources; ++s) {
-      states_[s] = arena_.take<Vec<T>>(g.state_planes(s));
+      states_[s] = arena_.take<Sixteen<S>>(g.state_planes(s));
       gradients_[s] = arena_.take<Vec<T>>(g.state_planes(s));
-      for (auto& pooled : pools_[s]) pooled = arena_.take<Vec<T>>(g.node_planes());
+      for (auto& pooled : pools_[s]) pooled = arena_.take<Sixteen<S>>(g.node_planes());
       for (auto& coefficients : pool_coefficients_[s]) {
         coefficients = arena_.take<Vec<T>>(3 * g.lanes.groups);
       }
     }
-    for (auto& node : node_gradients_) node = arena_.take<Vec<T>>(g.node_planes());
+    for (auto& node : node_gradients_) node = arena_.take<Sixteen<S>>(g.node_planes());
     for (auto& node : node_sums_) node = arena_.take<Vec<T>>(planes);
     for (auto& node : node_totals_) node = arena_.take<double>(g.lanes.channels);
     pool_totals_ = arena_.take<double>(kEdges * 2 * g.lanes.channels);
@@ -44,15 +44,15 @@ class BackwardCell {
     merged_ = arena_.take<double>(4 * g.lanes.channels);
     pair_sum_ = arena_.take<double>(g.lanes.channels);
     pair_product_ = arena_.take<double>(g.lanes.channels);
-    for (auto& slot : between_gradients_) slot = arena_.take<Vec<T>>(g.node_planes());
+    for (auto& slot : between_gradients_) slot = arena_.take<Sixteen<S>>(g.node_planes());
     for (auto& slot : sums_) slot = arena_.take<Vec<T>>(2 * planes);
     for (auto& slot : coefficients_) slot = arena_.take<Vec<T>>(3 * g.lanes.groups);
     taps_ = arena_.take<Vec<T>>(g.chunks.count * kTaps * g.lanes.groups);
     matrices_ =
         arena_.take<Vec<T>>(g.chunks.count * (kConvolutions + 2) * weights_.pointwise().weights());
-    state_gradients_ = arena_.take<T>(2 * g.shape.images * g.pixels * g.shape.channels);
+    state_gradients_ = arena_.take<S>(2 * g.shape.images * g.pixels * g.shape.channels);
     for (auto& node : rest_gradients_) {
-      node = arena_.take<T>(
+      node = arena_.take<S>(
           g.shape.partial > 1 ? g.shape.images * g.node_pixels * g.shape.channels : 0);
     }
     scratch_size_ = g.rectified_size() + g.between(nullptr).size() + 4 * padded_gradient(nullptr, 0).size() +
@@ -60,8 +60,9 @@ class BackwardCell {
     scratch_ = arena_.take<Vec<T>>(pool.threads * scratch_size_);
     passed_size_ = g.shape.partial > 1 ? g.node_width * g.shape.channels : 0;
     passed_ = arena_.take<T>(pool.threads * passed_size_);
+    rounded_ = arena_.take<S>(kRounds ? pool.threads * passed_size_ : 0);
     const bool halves = g.shape.partial > 1 && g.shape.reduction;
-    pooled_ = arena_.take<T>(halves ? 2 * g.shape.images * g.node_pixels * g.shape.channels : 0);
+    pooled_ = arena_.take<S>(halves ? 2 * g.shape.images * g.node_pixels * g.shape.channels : 0);
   }
 
   int64_t workspace_bytes() const { return arena_.used(); }
@@ -141,15 +142,15 @@ class BackwardCell {
   void recall_state(int s, int64_t chunk, int64_t thread) {
     const auto& g = geometry_;
     const int64_t channels = g.shape.channels, pixels = g.state_pixels(s);
-    const Images<const T> from =
-        s < 2 ? Images<const T>{call_.states + s * g.shape.images * pixels * channels,
+    const Images<const S> from =
+        s < 2 ? Images<const S>{call_.states + s * g.shape.images * pixels * channels,
                                 pixels * channels, channels}
-              : Images<const T>{call_.output + (s - 2) * channels, pixels * kNodes * channels,
+              : Images<const S>{call_.output + (s - 2) * channels, pixels * kNodes * channels,
                                 kNodes * channels};
     Vec<T>* largest = scratch(thread).row;
     Vec<T>* total = largest + g.state_width(s);
     for_blocks(chunk, [&](int64_t block) {
-      Vec<T>* planes = states_[s] + block * g.per_block(pixels);
+      Sixteen<S>* planes = states_[s] + block * g.per_block(pixels);
       gather(g.lanes, block, from, pixels, planes, pixels);
       std::fill(gradients_[s] + block * g.per_block(pixels),
                 gradients_[s] + (block + 1) * g.per_block(pixels), Vec<T>::zero());
@@ -180,57 +181,61 @@ class BackwardCell {
   void collect_gradient(int target, int64_t block, int64_t thread) {
     const auto& g = geometry_;
     const int64_t channels = g.shape.channels;
-    Vec<T>* planes = node_gradients_[target - 2] + node_block(block);
+    Sixteen<S>* planes = node_gradients_[target - 2] + node_block(block);
     const Vec<T>* inner =
         target < kSources ? gradients_[target] + node_block(block) : nullptr;
     if (g.shape.partial == 1) {
-      const Images<const T> from{call_.output_gradient + (target - 2) * channels,
+      const Images<const S> from{call_.output_gradient + (target - 2) * channels,
                                  g.node_pixels * kNodes * channels, kNodes * channels};
       gather(g.lanes, block, from, g.node_pixels, planes, g.node_pixels);
       if (inner) {
-        for (int64_t x = 0; x < g.per_block(g.node_pixels); ++x) planes[x] += inner[x];
+        for (int64_t x = 0; x < g.per_block(g.node_pixels); ++x) {
+          put(planes[x], widen(planes[x]) + inner[x]);
+        }
       }
     } else {
-      split_gradient(target, block, inner, planes, passed_ + thread * passed_size_);
+      split_gradient(target, block, inner, planes, thread);
     }
     for (int64_t group = 0; group < g.lanes.groups; ++group) {
       Vec<T> even = Vec<T>::zero(), odd = Vec<T>::zero();
-      const Vec<T>* plane = planes + group * g.node_pixels;
+      const Sixteen<S>* plane = planes + group * g.node_pixels;
       int64_t x = 0;
       for (; x + 2 <= g.node_pixels; x += 2) {
-        even += plane[x];
-        odd += plane[x + 1];
+        even += widen(plane[x]);
+        odd += widen(plane[x + 1]);
       }
-      if (x < g.node_pixels) even += plane[x];
+      if (x < g.node_pixels) even += widen(plane[x]);
       node_sums_[target - 2][block * g.lanes.groups + group] = even + odd;
     }
   }
 
   // PC-DARTS: undoes the shuffle; the mixed channels go on, the others go by the edges.
-  void split_gradient(int target, int64_t block, const Vec<T>* inner, Vec<T>* planes, T* row) {
+  void split_gradient(int target, int64_t block, const Vec<T>* inner, Sixteen<S>* planes,
+                      int64_t thread) {
     const auto& g = geometry_;
+    T* row = passed_ + thread * passed_size_;
     const int64_t channels = g.shape.channels, mixed = g.lanes.channels, width = g.node_width;
-    const Images<const T> from{call_.output_gradient + (target - 2) * channels,
+    const Images<const S> from{call_.output_gradient + (target - 2) * channels,
                                g.node_pixels * kNodes * channels, kNodes * channels};
     if (!g.lanes.full(block)) {
-      std::fill(planes, planes + g.per_block(g.node_pixels), Vec<T>::zero());
+      std::fill(planes, planes + g.per_block(g.node_pixels), Sixteen<S>{});
     }
     Vec<T> products[kStates];
     for (auto& product : products) product = Vec<T>::zero();
     for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
       const int64_t image = block * g.lanes.together + n;
       for (int64_t y = 0; y < g.node_height; ++y) {
-        Images<const T> gradient = from.skip(y * width);
+        Images<const S> gradient = from.skip(y * width);
         gradient.at += image * from.image;
         if (inner) {
           send_back(target, image, y, gradient, products, row);
           add_channels(g.lanes, inner + y * width, g.node_pixels, n, width, row, channels);
-          gradient = {row, 0, channels};
+          gradient = {stored_row(row, rounded_ + thread * passed_size_), 0, channels};
         }
         for (int64_t x = 0; x < width; ++x) {
           const int64_t place = y * width + x;
           unshuffle(gradient.at + x * gradient.pixel, mixed, g.shape.partial,
-                    reinterpret_cast<T*>(planes + place) + n * g.lanes.group,
+                    reinterpret_cast<S*>(planes + place) + n * g.lanes.group,
                     g.node_pixels * kLanes,
                     rest_gradients_[target - 2] + (image * g.node_pixels + place) * channels);
         }
@@ -239,19 +244,33 @@ class BackwardCell {
     if (inner) keep_products(target, block, products);
   }
 
+  // A row of pixels [w, C] as memory holds it.
+  const S* stored_row(const T* row, S* spare) const {
+    if constexpr (!kRounds) {
+      return row;
+    } else {
+      for (int64_t i = 0; i < passed_size_; i += kLanes) {
+        const int64_t count = passed_size_ - i;
+        store_channels(load_channels(row + i, count), spare + i, count);
+      }
+      return spare;
+    }
+  }
+
   // What the edges that leave state `s` let pass by sends back to a row of its pixels, added to
   // `own`; adds to products[target] what that edge's weight gets.
-  void send_back(int s, int64_t image, int64_t y, Images<const T> own, Vec<T>* products, T* to) {
+  template <typename U>
+  void send_back(int s, int64_t image, int64_t y, Images<const S> own, Vec<T>* products, U* to) {
     const auto& g = geometry_;
     const int first = std::max(2, s + 1), count = kStates - first;
     const int64_t place = image * g.node_pixels + y * g.node_width;
-    const T* gradients[kSources] = {};
+    const S* gradients[kSources] = {};
     T weights[kSources] = {};
     for (int k = 0; k < count; ++k) {
       gradients[k] = rest_gradients_[first + k - 2] + place * g.shape.channels;
       weights[k] = call_.bypass[edge_of(s, first + k)];
     }
-    Images<const T> state = passing(g, s, call_.states, call_.output, pooled_);
+    Images<const S> state = passing(g, s, call_.states, call_.output, pooled_);
     state.at += image * state.image + y * g.node_width * state.pixel;
     with_edges(count, [&](auto edges) {
       PassedRow<T>(g, g.node_width)
@@ -291,7 +310,7 @@ class BackwardCell {
   void prepare_edge(int s, int target) {
     const auto& g = geometry_;
     const Kept<T> kept(g);
-    const Vec<T>* planes = reinterpret_cast<const Vec<T>*>(call_.kept);
+    const Sixteen<S>* planes = reinterpret_cast<const Sixteen<S>*>(call_.kept);
     for (int convolution = 0; convolution < kConvolutions; ++convolution) {
       outputs_[slot_of(convolution)] =
           planes + kept.convolution(edge_of(s, target), convolution);
@@ -320,7 +339,7 @@ class BackwardCell {
     for_blocks(chunk, [&](int64_t block) {
       for (int64_t group = 0; group < g.lanes.groups; ++group) {
         const int64_t at = node_block(block) + group * g.node_pixels;
-        const Vec<T>* gradient = node_gradients_[target - 2] + at;
+        const Sixteen<S>* gradient = node_gradients_[target - 2] + at;
         Vec<T> totals[kOperations], shifts[kOperations];
         for (int i = 0; i < count; ++i) {
           totals[i] = Vec<T>::zero();
@@ -342,7 +361,7 @@ class BackwardCell {
 
   struct Factor {
     int sum;
-    const Vec<T>* planes;
+    const Sixteen<S>* planes;
     int64_t statistic;  // what it is normalised by, or -1
   };
   int list_factors(int s, int target, Factor* factors) const {
@@ -442,22 +461,23 @@ class BackwardCell {
 
   // dy of the formula at the top, for rows of one block: [group][pixel]. Lanes of missing images
   // stay zero.
-  void gradient_of(const Vec<T>* coefficients, int64_t block, const Vec<T>* gradient,
-                   const Vec<T>* planes, int64_t first, int64_t pixels, Vec<T>* to) const {
+  template <typename M>
+  void gradient_of(const Vec<T>* coefficients, int64_t block, const M* gradient,
+                   const Sixteen<S>* planes, int64_t first, int64_t pixels, Vec<T>* to) const {
     const auto& g = geometry_;
     for (int64_t group = 0; group < g.lanes.groups; ++group) {
       const Vec<T>* at = coefficients + group;
       const Vec<T> a = without_missing(g.lanes, block, at[0]);
       const Vec<T> d = without_missing(g.lanes, block, at[g.lanes.groups]);
       const Vec<T> b = without_missing(g.lanes, block, at[2 * g.lanes.groups]);
-      const Vec<T>* from = gradient + group * g.node_pixels + first;
-      const Vec<T>* plane = planes + group * g.node_pixels + first;
+      const M* from = gradient + group * g.node_pixels + first;
+      const Sixteen<S>* plane = planes + group * g.node_pixels + first;
       if (!call_.training) {  // d and b are zero, which would make NaN of infinity
-        for (int64_t x = 0; x < pixels; ++x) to[group * pixels + x] = a * from[x];
+        for (int64_t x = 0; x < pixels; ++x) to[group * pixels + x] = a * widen(from[x]);
         continue;
       }
       for (int64_t x = 0; x < pixels; ++x) {
-        to[group * pixels + x] = a * from[x] + (d * plane[x] + b);
+        to[group * pixels + x] = a * widen(from[x]) + (d * widen(plane[x]) + b);
       }
     }
   }
@@ -466,7 +486,7 @@ class BackwardCell {
   // its pointwise part into the padded planes, with the weight gradients on the way.
   void gradient_into(const Padded<T>& padded, int s, int edge, int convolution,
                      const Depthwise<T>& depthwise, int64_t block, int64_t chunk,
-                     const Padded<T>& input, const Vec<T>* gradient, const Scratch& own) {
+                     const Padded<T>& input, const Sixteen<S>* gradient, const Scratch& own) {
     const auto& g = geometry_;
     Vec<T>* strip = own.gradient;
     Vec<T>* between = strip + g.per_block(g.node_pixels);
@@ -532,7 +552,7 @@ class BackwardCell {
     const Padded<T> padded = padded_gradient(own.padded, 0);
     if (call_.weights_gradient) clear_sums(chunk);
     for_blocks(chunk, [&](int64_t block) {
-      const Vec<T>* gradient = node_gradients_[target - 2] + node_block(block);
+      const Sixteen<S>* gradient = node_gradients_[target - 2] + node_block(block);
       for (int k = 0; k < 2; ++k) {
         if (!live[kSecond[k].operation]) continue;
         const int convolution = kSecond[k].convolution;
@@ -560,30 +580,29 @@ class BackwardCell {
                     int64_t group, int64_t y, const Vec<T>* row) {
     const auto& g = geometry_;
     const int64_t at = node_block(block) + group * g.node_pixels + y * g.node_width;
-    const Vec<T>* first = outputs_[kA3 + k] + at;
-    Vec<T>* to = between_gradients_[k] + at;
+    const Sixteen<S>* first = outputs_[kA3 + k] + at;
+    Sixteen<S>* to = between_gradients_[k] + at;
     const Vec<T>* mask = second.row(group, y);
     const Vec<T> shift = mean(statistics(s, target, kFirst[k].convolution), group);
     Vec<T>* sum = sums_[kA3 + k] + (block * g.lanes.groups + group) * 2;
     if (y == 0) sum[0] = sum[1] = Vec<T>::zero();
     Vec<T> total = sum[0], product = sum[1];
     for (int64_t x = 0; x < g.node_width; ++x) {
-      const Vec<T> gradient = relu_gradient(row[x], mask[x]);
-      to[x] = gradient;
+      const Vec<T> gradient = keep(to[x], relu_gradient(row[x], mask[x]));
       total += gradient;
-      product += gradient * (first[x] - shift);
+      product += gradient * (widen(first[x]) - shift);
     }
     sum[0] = total;
     sum[1] = product;
   }
 
   void skip_gradient(int s, int target, int64_t block, int64_t chunk,
-                     const Padded<T>& input, const Vec<T>* gradient, const Scratch& own) {
+                     const Padded<T>& input, const Sixteen<S>* gradient, const Scratch& own) {
     const auto& g = geometry_;
     if (g.stride(s) == 1) {
       const Vec<T> factor = Vec<T>::splat(weight(edge_of(s, target), kSkip));
       Vec<T>* to = gradients_[s] + node_block(block);
-      for (int64_t x = 0; x < g.per_block(g.node_pixels); ++x) to[x] += factor * gradient[x];
+      for (int64_t x = 0; x < g.per_block(g.node_pixels); ++x) to[x] += factor * widen(gradient[x]);
       return;
     }
     const Pointwise<T>& pointwise = weights_.pointwise();
@@ -648,7 +667,7 @@ class BackwardCell {
       rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
       for (int k = 0; k < 4; ++k) {
         if (!live[kFirst[k].operation]) continue;
-        const Vec<T>* gradient = k < 2 ? between_gradients_[k] : node_gradients_[target - 2];
+        const Sixteen<S>* gradient = k < 2 ? between_gradients_[k] : node_gradients_[target - 2];
         gradient_into(padded_gradient(own.padded, k), s, edge, kFirst[k].convolution, depthwise[k],
                       block, chunk, input, gradient + node_block(block), own);
       }
@@ -774,8 +793,10 @@ class BackwardCell {
         const int edge = edge_of(s, target);
         if (!call_.live[edge][kMaxPool + average]) continue;
         const Vec<T> factor = Vec<T>::splat(weight(edge, kMaxPool + average));
-        const Vec<T>* gradient = node_gradients_[target - 2] + node_block(block);
-        for (int64_t x = 0; x < g.per_block(g.node_pixels); ++x) to[x] += factor * gradient[x];
+        const Sixteen<S>* gradient = node_gradients_[target - 2] + node_block(block);
+        for (int64_t x = 0; x < g.per_block(g.node_pixels); ++x) {
+          to[x] += factor * widen(gradient[x]);
+        }
       }
       gradient_of(pool_coefficients_[s][average], block, to, pools_[s][average] + node_block(block),
                   0, g.node_pixels, to);
@@ -798,7 +819,7 @@ class BackwardCell {
     parallel(pool_, 2 * g.chunks.count, [&](int64_t unit, int64_t thread) {
       const int s = int(unit % 2);
       const int64_t channels = g.shape.channels;
-      const Images<T> to{state_gradients_ + s * g.shape.images * g.pixels * channels,
+      const Images<S> to{state_gradients_ + s * g.shape.images * g.pixels * channels,
                          g.pixels * channels, channels};
       for_blocks(unit / 2, [&](int64_t block) {
         pool_gradient(s, block, thread);
@@ -814,7 +835,7 @@ class BackwardCell {
   }
 
   // Writes all channels of the gradient of an input's state: the mixed ones are still zero.
-  void complete_bypass(int s, int64_t block, T* row, T* to) {
+  void complete_bypass(int s, int64_t block, T* row, S* to) {
     const auto& g = geometry_;
     const int64_t channels = g.shape.channels;
     const PassedRow<T> passed_row(g, g.node_width);
@@ -822,15 +843,19 @@ class BackwardCell {
     for (auto& product : products) product = Vec<T>::zero();
     for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
       const int64_t image = block * g.lanes.together + n;
-      const T* state = call_.states + (s * g.shape.images + image) * g.pixels * channels;
-      T* gradient = to + image * g.pixels * channels;
+      const S* state = call_.states + (s * g.shape.images + image) * g.pixels * channels;
+      S* gradient = to + image * g.pixels * channels;
       const bool halved = g.stride(s) == 2;
-      T* pooled = pooled_ + (s * g.shape.images + image) * g.node_pixels * channels;
+      S* pooled = pooled_ + (s * g.shape.images + image) * g.node_pixels * channels;
       if (halved) pool_passing(g, passed_row.start, state, pooled);
       for (int64_t y = 0; y < g.node_height; ++y) {
-        T* out = halved ? row : gradient + y * g.node_width * channels;
-        send_back(s, image, y, {nullptr, 0, 0}, products, out);
-        if (halved) unpool_row(g, passed_row.start, state, y, row, gradient);
+        const Images<const S> none{nullptr, 0, 0};
+        if (halved) {
+          send_back(s, image, y, none, products, row);
+          unpool_row(g, passed_row.start, state, y, row, gradient);
+        } else {
+          send_back(s, image, y, none, products, gradient + y * g.node_width * channels);
+        }
       }
     }
     keep_products(s, block, products);
@@ -860,35 +885,38 @@ class BackwardCell {
     }
   }
 
-  const CellBackward<T>& call_;
+  static constexpr bool kRounds = !std::is_same_v<S, T>;
+
+  const CellBackward<S, T>& call_;
   const ThreadPool& pool_;
   Geometry<T> geometry_;
   Arena arena_;
   EdgeWeights<T> weights_;
-  Preprocess<T> preprocess_;
-  Vec<T>* states_[kSources];                   // [block][group][pixel]
+  Preprocess<S, T> preprocess_;
+  Sixteen<S>* states_[kSources];               // [block][group][pixel]
   Vec<T>* gradients_[kSources];                // of the mixed channels of the states
-  Vec<T>* pools_[kSources][2];
+  Sixteen<S>* pools_[kSources][2];
   Vec<T>* pool_coefficients_[kSources][2];
-  Vec<T>* node_gradients_[kNodes];
+  Sixteen<S>* node_gradients_[kNodes];
   Vec<T>* node_sums_[kNodes];                  // [block][group]
   double* node_totals_[kNodes];                // [channel]
   double* pool_totals_;                        // [edge][maximum, average][channel]
   Vec<T>* bypass_sums_;                        // [edge][block]
   // Of the edge at hand:
-  const Vec<T>* outputs_[kSlots];              // as the forward pass kept them
-  Vec<T>* between_gradients_[2];               // between the convolutions of the separable ones
+  const Sixteen<S>* outputs_[kSlots];          // as the forward pass kept them
+  Sixteen<S>* between_gradients_[2];           // between the convolutions of the separable ones
   Vec<T>* sums_[kSums];                        // [block][group], pairs for the first convolutions
   Vec<T>* coefficients_[kSlots];
   Vec<T>* taps_;                               // weight gradients, by chunk
   Vec<T>* matrices_;
-  T* state_gradients_;                         // [2, N, H, W, C]
-  T* rest_gradients_[kNodes];                  // of what passed the edges by [N, h, w, C]
+  S* state_gradients_;                         // [2, N, H, W, C]
+  S* rest_gradients_[kNodes];                  // of what passed the edges by [N, h, w, C]
   double *merged_, *pair_sum_, *pair_product_;
   int64_t scratch_size_, passed_size_;
   Vec<T>* scratch_;                            // a thread's own
   T* passed_;
-  T* pooled_;                                  // what passes from the inputs under stride 2
+  S* rounded_;                                 // what it holds, rounded
+  S* pooled_;                                  // what passes from the inputs under stride 2
 };
 
 }  // namespace nas::NAS_ISA

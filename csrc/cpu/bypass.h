@@ -8,12 +8,12 @@ namespace nas::NAS_ISA {
 
 // All channels of state `s`, pixel by pixel of a node. `pooled` [2, N, h, w, C] is what passes from
 // the inputs of a reduction cell.
-template <typename T>
-Images<const T> passing(const Geometry<T>& g, int s, const T* states, const T* output,
-                        const T* pooled) {
+template <typename S, typename T>
+Images<const S> passing(const Geometry<T>& g, int s, const S* states, const S* output,
+                        const S* pooled) {
   const int64_t channels = g.shape.channels, pixels = g.node_pixels;
   if (s >= 2) return {output + (s - 2) * channels, pixels * kNodes * channels, kNodes * channels};
-  const T* from = g.stride(s) == 2 ? pooled : states;
+  const S* from = g.stride(s) == 2 ? pooled : states;
   return {from + s * g.shape.images * pixels * channels, pixels * channels, channels};
 }
 
@@ -52,15 +52,15 @@ struct PassedRow {
   }
 
   // to[x][c] = sum over edges of weights[edge] * from[edge][x][c]; mixed channels become anything.
-  template <int Edges>
-  void add_up(const Images<const T>* from, const T* weights, T* to) const {
+  template <int Edges, typename S>
+  void add_up(const Images<const S>* from, const T* weights, S* to) const {
     Vec<T> weight[Edges];
     NAS_UNROLL for (int edge = 0; edge < Edges; ++edge) weight[edge] = Vec<T>::splat(weights[edge]);
     for (int64_t x = 0; x < width; ++x) {
       for (int64_t at = start; at < channels; at += kLanes) {
         Vec<T> sum = Vec<T>::zero();
         NAS_UNROLL for (int edge = 0; edge < Edges; ++edge) {
-          const T* value = from[edge].at + x * from[edge].pixel + at;
+          const S* value = from[edge].at + x * from[edge].pixel + at;
           prefetch(value + kAhead * from[edge].pixel);
           sum += weight[edge] * load_channels(value, channels - at);
         }
@@ -72,9 +72,9 @@ struct PassedRow {
   // The way back to the state that edges leave: to[x][c] = own[x][c] + sum over edges of
   // weights[edge] * gradient[edge][x][c], and products[edge] += gradient[edge][x][c] * state[x][c].
   // `own`, which may be null, has all channels; of the gradients [x][C] the mixed ones are zero.
-  template <int Edges>
-  void send_back(const T* const* gradients, const T* weights, Images<const T> state,
-                 Images<const T> own, Vec<T>* products, T* to) const {
+  template <int Edges, typename S, typename U>
+  void send_back(const S* const* gradients, const T* weights, Images<const S> state,
+                 Images<const S> own, Vec<T>* products, U* to) const {
     Vec<T> weight[Edges], product[Edges];
     NAS_UNROLL for (int edge = 0; edge < Edges; ++edge) {
       weight[edge] = Vec<T>::splat(weights[edge]);
@@ -82,7 +82,8 @@ struct PassedRow {
     }
     for (int64_t x = 0; x < width; ++x) {
       for (int64_t at = 0; own.at && at < start; at += kLanes) {
-        Vec<T>::load(own.at + x * own.pixel + at).store(to + x * channels + at);
+        const Vec<T> value = load_channels(own.at + x * own.pixel + at, kLanes);
+        store_channels(value, to + x * channels + at, kLanes);
       }
       for (int64_t at = start; at < channels; at += kLanes) {
         const int64_t count = channels - at;
@@ -122,9 +123,9 @@ struct Square {
   }
 };
 
-template <typename T>
-NAS_INLINE Vec<T> highest(const T* image, const Square& square, int64_t at, int64_t count) {
-  Vec<T> high = load_channels(image + square.pixel[0] + at, count);
+template <typename S>
+NAS_INLINE auto highest(const S* image, const Square& square, int64_t at, int64_t count) {
+  auto high = load_channels(image + square.pixel[0] + at, count);
   for (int i = 1; i < square.count; ++i) {
     high = maximum(high, load_channels(image + square.pixel[i] + at, count));
   }
@@ -132,8 +133,8 @@ NAS_INLINE Vec<T> highest(const T* image, const Square& square, int64_t at, int6
 }
 
 // What passes from one image of a state under stride 2: the maxima of 2x2 pixels, [h, w, C].
-template <typename T>
-void pool_passing(const Geometry<T>& g, int64_t start, const T* image, T* to) {
+template <typename S, typename T>
+void pool_passing(const Geometry<T>& g, int64_t start, const S* image, S* to) {
   const int64_t channels = g.shape.channels;
   for (int64_t y = 0; y < g.node_height; ++y) {
     for (int64_t x = 0; x < g.node_width; ++x, to += channels) {
@@ -147,9 +148,9 @@ void pool_passing(const Geometry<T>& g, int64_t start, const T* image, T* to) {
 }
 
 // Sends a row of gradients [x][C] of those maxima to the pixels that they came from.
-template <typename T>
-void unpool_row(const Geometry<T>& g, int64_t start, const T* image, int64_t y, const T* gradient,
-                T* to) {
+template <typename S, typename T>
+void unpool_row(const Geometry<T>& g, int64_t start, const S* image, int64_t y, const T* gradient,
+                S* to) {
   const int64_t channels = g.shape.channels;
   for (int64_t x = 0; x < g.node_width; ++x) {
     const Square square(g, y, x);
@@ -170,9 +171,10 @@ void unpool_row(const Geometry<T>& g, int64_t start, const T* image, int64_t y, 
 }
 
 // Four rows of four numbers, turned into columns.
-template <typename T>
-NAS_INLINE void transpose_square(const T* const (&from)[4], T* const (&to)[4]) {
-  typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+template <typename S>
+NAS_INLINE void transpose_square(const S* const (&from)[4], S* const (&to)[4]) {
+  using Number = std::conditional_t<std::is_same_v<S, bfloat16>, uint16_t, S>;
+  typedef Number Four __attribute__((vector_size(4 * sizeof(S)), aligned(sizeof(S)), may_alias));
   Four row[4];
   NAS_UNROLL for (int i = 0; i < 4; ++i) row[i] = *reinterpret_cast<const Four*>(from[i]);
   const Four a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
@@ -187,15 +189,15 @@ NAS_INLINE void transpose_square(const T* const (&from)[4], T* const (&to)[4]) {
 
 // PC-DARTS, section 3.2: channel k * mixed + j moves to j * partial + k. The first `mixed` channels
 // come from `lanes` [group] of Vec, `plane` numbers apart, the others from `rest`.
-template <typename T>
-NAS_INLINE void shuffle(const T* lanes, int64_t plane, const T* rest, int64_t mixed,
-                        int64_t partial, T* to) {
+template <typename S>
+NAS_INLINE void shuffle(const S* lanes, int64_t plane, const S* rest, int64_t mixed,
+                        int64_t partial, S* to) {
   const auto lane = [&](int64_t j) { return lanes + j / kLanes * plane + j % kLanes; };
   if (partial == 4 && mixed % 4 == 0) {
     for (int64_t j = 0; j < mixed; j += 4) {
-      const T* row = rest + j;
-      T* out = to + 4 * j;
-      transpose_square<T>({lane(j), row + mixed, row + 2 * mixed, row + 3 * mixed},
+      const S* row = rest + j;
+      S* out = to + 4 * j;
+      transpose_square<S>({lane(j), row + mixed, row + 2 * mixed, row + 3 * mixed},
                           {out, out + 4, out + 8, out + 12});
     }
     return;
@@ -207,16 +209,16 @@ NAS_INLINE void shuffle(const T* lanes, int64_t plane, const T* rest, int64_t mi
 }
 
 // The way back; the first `mixed` channels of `rest` become zero.
-template <typename T>
-NAS_INLINE void unshuffle(const T* from, int64_t mixed, int64_t partial, T* lanes, int64_t plane,
-                          T* rest) {
+template <typename S>
+NAS_INLINE void unshuffle(const S* from, int64_t mixed, int64_t partial, S* lanes, int64_t plane,
+                          S* rest) {
   const auto lane = [&](int64_t j) { return lanes + j / kLanes * plane + j % kLanes; };
-  for (int64_t j = 0; j < mixed; ++j) rest[j] = 0;
+  for (int64_t j = 0; j < mixed; ++j) rest[j] = S{};
   if (partial == 4 && mixed % 4 == 0) {
     for (int64_t j = 0; j < mixed; j += 4) {
-      const T* row = from + 4 * j;
-      T* out = rest + j;
-      transpose_square<T>({row, row + 4, row + 8, row + 12},
+      const S* row = from + 4 * j;
+      S* out = rest + j;
+      transpose_square<S>({row, row + 4, row + 8, row + 12},
                           {lane(j), out + mixed, out + 2 * mixed, out + 3 * mixed});
     }
     return;

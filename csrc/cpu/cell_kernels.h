@@ -9,37 +9,35 @@
 
 namespace nas::NAS_ISA {
 
-template <typename T>
-int64_t bytes_of(const CellShape& shape, int64_t threads) {
-  CellForward<T> forward{};
-  CellBackward<T> backward{};
-  forward.shape = backward.shape = shape;
-  const ThreadPool pool{nullptr, threads};
-  return std::max(ForwardCell<T>(forward, pool, nullptr).workspace_bytes(),
-                  BackwardCell<T>(backward, pool, nullptr).workspace_bytes());
+template <typename S, typename T>
+CellKernels<S, T> kernels_of() {
+  return {
+      [](const CellShape& shape, int64_t threads) {
+        CellForward<S, T> forward{};
+        CellBackward<S, T> backward{};
+        forward.shape = backward.shape = shape;
+        const ThreadPool pool{nullptr, threads};
+        return std::max(ForwardCell<S, T>(forward, pool, nullptr).workspace_bytes(),
+                        BackwardCell<S, T>(backward, pool, nullptr).workspace_bytes());
+      },
+      [](const CellForward<S, T>& call, const ThreadPool& pool, void* workspace) {
+        ForwardCell<S, T>(call, pool, workspace).run();
+      },
+      [](const CellBackward<S, T>& call, const ThreadPool& pool, void* workspace) {
+        BackwardCell<S, T>(call, pool, workspace).run();
+      },
+  };
 }
 
 inline Kernels kernels(const char* name) {
   return {
       name,
-      [](const CellShape& shape, int64_t threads, bool is_double) {
-        return is_double ? bytes_of<double>(shape, threads) : bytes_of<float>(shape, threads);
-      },
       [](const CellShape& shape) {
         return Kept<float>(Geometry<float>(shape)).size() * kLanes;
       },
-      [](const CellForward<float>& call, const ThreadPool& pool, void* workspace) {
-        ForwardCell<float>(call, pool, workspace).run();
-      },
-      [](const CellForward<double>& call, const ThreadPool& pool, void* workspace) {
-        ForwardCell<double>(call, pool, workspace).run();
-      },
-      [](const CellBackward<float>& call, const ThreadPool& pool, void* workspace) {
-        BackwardCell<float>(call, pool, workspace).run();
-      },
-      [](const CellBackward<double>& call, const ThreadPool& pool, void* workspace) {
-        BackwardCell<double>(call, pool, workspace).run();
-      },
+      kernels_of<float, float>(),
+      kernels_of<double, double>(),
+      kernels_of<bfloat16, float>(),
   };
 }
 

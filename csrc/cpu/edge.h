@@ -46,27 +46,27 @@ struct Padded {
 };
 
 // relu(planes) into the inside of `to`.
-template <typename T>
-void rectify(const Vec<T>* planes, const Padded<T>& to) {
+template <typename M, typename T>
+void rectify(const M* planes, const Padded<T>& to) {
   for (int64_t g = 0; g < to.groups; ++g) {
     for (int64_t y = 0; y < to.height; ++y) {
-      const Vec<T>* from = planes + (g * to.height + y) * to.width;
+      const M* from = planes + (g * to.height + y) * to.width;
       Vec<T>* row = to.row(g, y);
-      for (int64_t x = 0; x < to.width; ++x) row[x] = relu(from[x]);
+      for (int64_t x = 0; x < to.width; ++x) row[x] = relu<T>(widen(from[x]));
     }
   }
 }
 
 // relu of the normalised planes into the inside of `to`; scale and shift are one Vec a group.
-template <typename T>
-void normalise_and_rectify(const Vec<T>* planes, const Vec<T>* scale, const Vec<T>* shift,
+template <typename M, typename T>
+void normalise_and_rectify(const M* planes, const Vec<T>* scale, const Vec<T>* shift,
                            const Padded<T>& to) {
   for (int64_t g = 0; g < to.groups; ++g) {
     const Vec<T> factor = scale[g], offset = shift[g];
     for (int64_t y = 0; y < to.height; ++y) {
-      const Vec<T>* from = planes + (g * to.height + y) * to.width;
+      const M* from = planes + (g * to.height + y) * to.width;
       Vec<T>* row = to.row(g, y);
-      for (int64_t x = 0; x < to.width; ++x) row[x] = relu(from[x] * factor + offset);
+      for (int64_t x = 0; x < to.width; ++x) row[x] = relu(widen(from[x]) * factor + offset);
     }
   }
 }
@@ -85,14 +85,19 @@ void depthwise_rows(const Depthwise<T>& depthwise, const Padded<T>& in, const Ve
 }
 
 // A depthwise and a pointwise convolution of one block, row by row: what the first gives, in `row`
-// [group][width], stays in the nearest cache. After each row of `out`, on_row(y).
-template <typename T, typename OnRow>
+// [group][width] (and as much again, to round in), stays in the nearest cache. After each row of
+// `out`, on_row(y).
+template <typename T, typename M, typename OnRow>
 void convolve(const Depthwise<T>& depthwise, const Pointwise<T>& pointwise, const Padded<T>& in,
               const Vec<T>* taps, const Vec<T>* matrix, int64_t height, int64_t width,
-              Vec<T>* row, Vec<T>* out, OnRow&& on_row) {
+              Vec<T>* row, M* out, OnRow&& on_row) {
+  Vec<T>* spare = row + in.groups * width;
   for (int64_t y = 0; y < height; ++y) {
     depthwise_rows(depthwise, in, taps, y, 1, width, row);
-    pointwise.row(row, width, matrix, out + y * width, height * width, width);
+    write_rows(out + y * width, height * width, in.groups, width, spare,
+               [&](Vec<T>* to, int64_t plane) {
+                 pointwise.row(row, width, matrix, to, plane, width);
+               });
     on_row(y);
   }
 }
@@ -107,23 +112,29 @@ void every_second(const Padded<T>& in, int64_t first, int64_t y, int64_t width, 
   }
 }
 
-// The stride-2 skip connection before its normalisation. `row` holds twice [group][width].
-template <typename T, typename OnRow>
+// The stride-2 skip connection before its normalisation. `row` holds three times [group][width].
+template <typename T, typename M, typename OnRow>
 void reduce(const Pointwise<T>& pointwise, const Layout& layout, const Padded<T>& in,
             const Vec<T>* even, const Vec<T>* odd, int64_t height, int64_t width, Vec<T>* row,
-            Vec<T>* out, OnRow&& on_row) {
+            M* out, OnRow&& on_row) {
   Vec<T>* second = row + layout.groups * width;
+  Vec<T>* spare = second + layout.groups * width;
   for (int64_t y = 0; y < height; ++y) {
-    every_second(in, 0, y, width, row);
-    pointwise.row(row, width, even, out + y * width, height * width, width);
-    every_second(in, 1, y, width, row);
-    pointwise.row(row, width, odd, second, width, width);
-    for (int64_t g = 0; g < layout.groups; ++g) {
-      // no sum with zeros: what is NaN in one half stays there
-      const Vec<T> mask = channels_from<T>(layout, layout.channels / 2, g);
-      Vec<T>* to = out + g * height * width + y * width;
-      for (int64_t x = 0; x < width; ++x) to[x] = select(mask, second[g * width + x], to[x]);
-    }
+    write_rows(out + y * width, height * width, layout.groups, width, spare,
+               [&](Vec<T>* first, int64_t plane) {
+                 every_second(in, 0, y, width, row);
+                 pointwise.row(row, width, even, first, plane, width);
+                 every_second(in, 1, y, width, row);
+                 pointwise.row(row, width, odd, second, width, width);
+                 for (int64_t g = 0; g < layout.groups; ++g) {
+                   // no sum with zeros: what is NaN in one half stays there
+                   const Vec<T> mask = channels_from<T>(layout, layout.channels / 2, g);
+                   Vec<T>* to = first + g * plane;
+                   for (int64_t x = 0; x < width; ++x) {
+                     to[x] = select(mask, second[g * width + x], to[x]);
+                   }
+                 }
+               });
     on_row(y);
   }
 }

@@ -13,19 +13,24 @@
 
 namespace nas::NAS_ISA {
 
-template <typename T>
+// Images and planes in S, arithmetic in T.
+template <typename S, typename T>
 class ForwardCell {
  public:
-  ForwardCell(const CellForward<T>& call, const ThreadPool& pool, void* workspace)
+  ForwardCell(const CellForward<S, T>& call, const ThreadPool& pool, void* workspace)
       : call_(call), pool_(pool), geometry_(call.shape), arena_(workspace),
         weights_(call.shape, geometry_.lanes, arena_, false),
         preprocess_(call.shape, pool.threads, arena_, false) {
     const auto& g = geometry_;
     for (int s = 0; s < kSources; ++s) {
-      states_[s] = arena_.take<Vec<T>>(g.state_planes(s));
-      for (auto& pool_planes : pools_[s]) pool_planes = arena_.take<Vec<T>>(g.node_planes());
+      states_[s] = arena_.take<Sixteen<S>>(g.state_planes(s));
+      for (auto& pool_planes : pools_[s]) {
+        pool_planes = arena_.take<Sixteen<S>>(g.node_planes());
+      }
     }
-    for (auto& planes : spare_) planes = arena_.take<Vec<T>>(call.kept ? 0 : g.node_planes());
+    for (auto& planes : spare_) {
+      planes = arena_.take<Sixteen<S>>(call.kept ? 0 : g.node_planes());
+    }
     sum_ = arena_.take<Vec<T>>(g.node_planes());
     const int64_t planes = g.lanes.blocks * g.lanes.groups;
     for (auto& moments : moments_) moments = arena_.take<Moments<T>>(planes);
@@ -38,14 +43,16 @@ class ForwardCell {
     rectified_size_ = g.rectified_size();
     between_size_ = g.between(nullptr).size();
     const int64_t rows = g.lanes.groups * g.node_width;
-    row_size_ = std::max(rows, 2 * g.width) + rows;
+    row_size_ = std::max(rows, 2 * g.width) + (kRounds ? 2 * rows : rows);
     passed_size_ = g.shape.partial > 1 ? g.node_width * g.shape.channels : 0;
     rectified_ = arena_.take<Vec<T>>(pool.threads * rectified_size_);
     second_ = arena_.take<Vec<T>>(pool.threads * between_size_);
     rows_ = arena_.take<Vec<T>>(pool.threads * row_size_);
-    passed_ = arena_.take<T>(pool.threads * passed_size_);
+    passed_ = arena_.take<S>(pool.threads * passed_size_);
+    mixed_size_ = kRounds && g.shape.partial > 1 ? rows : 0;
+    mixed_ = arena_.take<Sixteen<S>>(pool.threads * mixed_size_);
     const bool halves = g.shape.partial > 1 && g.shape.reduction;
-    pooled_ = arena_.take<T>(halves ? 2 * g.shape.images * g.node_pixels * g.shape.channels : 0);
+    pooled_ = arena_.take<S>(halves ? 2 * g.shape.images * g.node_pixels * g.shape.channels : 0);
   }
 
   int64_t workspace_bytes() const { return arena_.used(); }
@@ -128,7 +135,7 @@ class ForwardCell {
     for (int k = 0; k < 2; ++k) first_outputs_[k] = spare_[k];
     if (!call_.kept) return;
     const Kept<T> kept(geometry_);
-    Vec<T>* planes = reinterpret_cast<Vec<T>*>(call_.kept);
+    Sixteen<S>* planes = reinterpret_cast<Sixteen<S>*>(call_.kept);
     for (int k = 0; k < 4; ++k) {
       outputs_[k] = planes + kept.convolution(edge, last_convolution(kFirst[k].operation));
     }
@@ -156,7 +163,7 @@ class ForwardCell {
       rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
       for (int k = 0; k < 4; ++k) {
         if (!live[kFirst[k].operation]) continue;
-        Vec<T>* out =
+        Sixteen<S>* out =
             (k < 2 ? first_outputs_[k] : outputs_[k]) + block * g.per_block(g.node_pixels);
         convolve(Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s))),
                  weights_.pointwise(), input, weights_.taps(edge, kFirst[k].convolution),
@@ -165,7 +172,7 @@ class ForwardCell {
       }
       if (reducing) {
         const int slot = reducing_slot(s, target);
-        Vec<T>* out = outputs_[kReduced] + block * g.per_block(g.node_pixels);
+        Sixteen<S>* out = outputs_[kReduced] + block * g.per_block(g.node_pixels);
         reduce(weights_.pointwise(), g.lanes, input, weights_.reduce(slot, 0), weights_.reduce(slot, 1),
                g.node_height, g.node_width, row, out,
                [&](int64_t y) { add_moments(moments_[kReduced], block, out, y); });
@@ -180,7 +187,7 @@ class ForwardCell {
     for_blocks(chunk, [&](int64_t block) {
       const int64_t at = block * g.per_block(g.node_pixels);
       for (int64_t group = 0; group < g.lanes.groups; ++group) {
-        const Vec<T>* plane =
+        const Sixteen<S>* plane =
             states_[s] + (block * g.lanes.groups + group) * g.state_pixels(s);
         for (int64_t y = 0; y < g.node_height; ++y) {
           const int64_t row = at + group * g.node_pixels + y * g.node_width;
@@ -206,7 +213,7 @@ class ForwardCell {
       for (int k = 0; k < 2; ++k) {
         if (!live[kSecond[k].operation]) continue;
         const int64_t at = block * g.per_block(g.node_pixels);
-        Vec<T>* planes = outputs_[k] + at;
+        Sixteen<S>* planes = outputs_[k] + at;
         const Vec<T>* scale = between_ + k * 2 * g.lanes.groups;
         normalise_and_rectify(first_outputs_[k] + at, scale, scale + g.lanes.groups, input);
         convolve(Depthwise<T>::choose(kSecond[k].size, 1, 1), weights_.pointwise(), input,
@@ -218,7 +225,7 @@ class ForwardCell {
     });
   }
 
-  void add_moments(Moments<T>* moments, int64_t block, const Vec<T>* planes, int64_t y) {
+  void add_moments(Moments<T>* moments, int64_t block, const Sixteen<S>* planes, int64_t y) {
     const auto& g = geometry_;
     for (int64_t group = 0; group < g.lanes.groups; ++group) {
       moments[block * g.lanes.groups + group].add_row(
@@ -266,7 +273,7 @@ class ForwardCell {
     terms_ = 0;
     Vec<T>* bias = coefficients_ + kOperations * g.lanes.groups;
     std::fill(bias, bias + g.lanes.groups, Vec<T>::zero());
-    const auto add = [&](int operation, const Vec<T>* planes, int64_t at) {
+    const auto add = [&](int operation, const Sixteen<S>* planes, int64_t at) {
       const Vec<T> weight = Vec<T>::splat(call_.operations[edge * kOperations + operation]);
       for (int64_t group = 0; group < g.lanes.groups; ++group) {
         Vec<T>& coefficient = coefficients_[terms_ * g.lanes.groups + group];
@@ -293,10 +300,14 @@ class ForwardCell {
     }
   }
 
-  // The mixed channels of a node: where all of them are mixed, they are a state as they are.
+  // The mixed channels of a node: where all of them are mixed, they are a state as they are, unless
+  // that is rounded.
   Vec<T>* node_planes(int target, int64_t block) const {
-    const bool is_state = geometry_.shape.partial == 1 && target < kSources;
-    return (is_state ? states_[target] : sum_) + block * geometry_.per_block(geometry_.node_pixels);
+    Vec<T>* planes = sum_;
+    if constexpr (!kRounds) {
+      if (geometry_.shape.partial == 1 && target < kSources) planes = states_[target];
+    }
+    return planes + block * geometry_.per_block(geometry_.node_pixels);
   }
 
   void add_edge(int s, int target, int64_t block) {
@@ -311,8 +322,8 @@ class ForwardCell {
         NAS_UNROLL for (int i = 0; i < count; ++i) sum[i] = s == 0 ? bias : to[x + i] + bias;
         for (int term = 0; term < terms_; ++term) {
           const Vec<T> coefficient = coefficients_[term * g.lanes.groups + group];
-          const Vec<T>* from = planes_[term] + at + x;
-          NAS_UNROLL for (int i = 0; i < count; ++i) sum[i] += coefficient * from[i];
+          const Sixteen<S>* from = planes_[term] + at + x;
+          NAS_UNROLL for (int i = 0; i < count; ++i) sum[i] += coefficient * widen(from[i]);
         }
         NAS_UNROLL for (int i = 0; i < count; ++i) to[x + i] = sum[i];
       });
@@ -323,28 +334,34 @@ class ForwardCell {
   void write_node(int target, int64_t block, int64_t thread) {
     const auto& g = geometry_;
     const int64_t channels = g.shape.channels, width = g.node_width;
-    const Images<T> node{call_.output + (target - 2) * channels, g.node_pixels * kNodes * channels,
+    const Images<S> node{call_.output + (target - 2) * channels, g.node_pixels * kNodes * channels,
                          kNodes * channels};
-    const Vec<T>* planes = node_planes(target, block);
+    Vec<T>* planes = node_planes(target, block);
+    const auto read_state = [&](int64_t first, int64_t pixels) {
+      if (target == kSources) return;
+      gather(g.lanes, block, Images<const S>{node.at, node.image, node.pixel}.skip(first), pixels,
+             states_[target] + block * g.per_block(g.node_pixels) + first, g.node_pixels);
+    };
     if (g.shape.partial == 1) {
-      return scatter(g.lanes, block, planes, g.node_pixels, g.node_pixels, node);
+      scatter(g.lanes, block, planes, g.node_pixels, g.node_pixels, node);
+      if (kRounds) read_state(0, g.node_pixels);
+      return;
     }
     for (int64_t y = 0; y < g.node_height; ++y) {
-      shuffle_row(target, block, y, planes + y * width, node, passed_ + thread * passed_size_);
-      if (target == kSources) continue;
-      gather(g.lanes, block, Images<const T>{node.at, node.image, node.pixel}.skip(y * width),
-             width, states_[target] + block * g.per_block(g.node_pixels) + y * width,
-             g.node_pixels);
+      shuffle_row(target, block, y, planes + y * width, node, thread);
+      read_state(y * width, width);
     }
   }
 
   // One row of a node of PC-DARTS: mixed channels, those that pass by, and their shuffle.
-  void shuffle_row(int target, int64_t block, int64_t y, const Vec<T>* row, Images<T> node,
-                   T* passed) {
+  void shuffle_row(int target, int64_t block, int64_t y, Vec<T>* row, Images<S> node,
+                   int64_t thread) {
     const auto& g = geometry_;
+    const auto [mixed_row, plane] = stored_row(row, mixed_ + thread * mixed_size_);
+    S* passed = passed_ + thread * passed_size_;
     const int64_t mixed = g.lanes.channels, first = y * g.node_width;
     const PassedRow<T> passed_row(g, g.node_width);
-    Images<const T> from[kSources];
+    Images<const S> from[kSources];
     for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
       const int64_t image = block * g.lanes.together + n;
       for (int s = 0; s < target; ++s) {
@@ -354,18 +371,31 @@ class ForwardCell {
       with_edges(target, [&](auto edges) {
         passed_row.template add_up<edges>(from, call_.bypass + first_edge(target), passed);
       });
-      T* to = node.at + image * node.image + first * node.pixel;
+      S* to = node.at + image * node.image + first * node.pixel;
       for (int64_t x = 0; x < g.node_width; ++x) {
-        const T* lanes = reinterpret_cast<const T*>(row + x) + n * g.lanes.group;
-        shuffle(lanes, g.node_pixels * kLanes, passed + x * g.shape.channels, mixed,
+        const S* lanes = reinterpret_cast<const S*>(mixed_row + x) + n * g.lanes.group;
+        shuffle(lanes, plane * kLanes, passed + x * g.shape.channels, mixed,
                 g.shape.partial, to + x * node.pixel);
       }
     }
   }
 
+  // A row of a node as memory holds it, and how far its groups are apart.
+  std::pair<const Sixteen<S>*, int64_t> stored_row(const Vec<T>* row, Sixteen<S>* spare) const {
+    const auto& g = geometry_;
+    if constexpr (!kRounds) {
+      return {row, g.node_pixels};
+    } else {
+      for (int64_t group = 0; group < g.lanes.groups; ++group) {
+        rounded<S>(row + group * g.node_pixels, g.node_width, spare + group * g.node_width);
+      }
+      return {spare, g.node_width};
+    }
+  }
+
   void gather_state(int s, int64_t block) {
     const auto& g = geometry_;
-    const Images<const T> from{call_.states + s * g.shape.images * g.pixels * g.shape.channels,
+    const Images<const S> from{call_.states + s * g.shape.images * g.pixels * g.shape.channels,
                                g.pixels * g.shape.channels, g.shape.channels};
     gather(g.lanes, block, from, g.pixels, states_[s] + block * g.per_block(g.pixels), g.pixels);
     if (g.shape.partial == 1 || g.stride(s) == 1) return;
@@ -383,31 +413,33 @@ class ForwardCell {
   }
 
   static constexpr int kReduced = 4;  // after the four kinds of convolution
+  static constexpr bool kRounds = !std::is_same_v<S, T>;
 
-  const CellForward<T>& call_;
+  const CellForward<S, T>& call_;
   const ThreadPool& pool_;
   Geometry<T> geometry_;
   Arena arena_;
   EdgeWeights<T> weights_;
-  Preprocess<T> preprocess_;
-  Vec<T>* states_[kSources];         // [block][group][pixel]
-  Vec<T>* pools_[kSources][2];       // of each state: maximum, average
+  Preprocess<S, T> preprocess_;
+  Sixteen<S>* states_[kSources];     // [block][group][pixel]
+  Sixteen<S>* pools_[kSources][2];       // of each state: maximum, average
   // Of the edge at hand:
-  Vec<T>* outputs_[5];               // before normalisation; the last is the skip that reduces
-  Vec<T>* first_outputs_[2];         // of the separable convolutions' first halves
-  Vec<T>* spare_[5];                 // where they lie if they are not kept
+  Sixteen<S>* outputs_[5];           // before normalisation; the last is the skip that reduces
+  Sixteen<S>* first_outputs_[2];     // of the separable convolutions' first halves
+  Sixteen<S>* spare_[5];             // where they lie if they are not kept
   Moments<T>* moments_[5];
   Vec<T>* between_;                  // scale and shift between two convolutions
   Vec<T>* coefficients_;
-  const Vec<T>* planes_[kOperations];
+  const Sixteen<S>* planes_[kOperations];
   int terms_ = 0;
   Vec<T>* sum_;                      // a node at hand that is not a state
   Moments<T>* pool_moments_[kSources][2];
   double* merged_;
-  int64_t rectified_size_, between_size_, row_size_, passed_size_;
+  int64_t rectified_size_, between_size_, row_size_, passed_size_, mixed_size_;
   Vec<T>*rectified_, *second_, *rows_;  // a thread's own
-  T* passed_;
-  T* pooled_;                        // what passes from the inputs under stride 2 [2, N, h, w, C]
+  S* passed_;
+  Sixteen<S>* mixed_;                // a row of a node, rounded
+  S* pooled_;                        // what passes from the inputs under stride 2 [2, N, h, w, C]
 };
 
 }  // namespace nas::NAS_ISA

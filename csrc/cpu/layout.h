@@ -14,7 +14,7 @@
 
 #include "../cell.h"
 #include "pointwise.h"
-#include "vector.h"
+#include "storage.h"
 
 namespace nas::NAS_ISA {
 
@@ -89,22 +89,6 @@ void parallel(const ThreadPool& pool, int64_t units, F&& body) {
       &body);
 }
 
-// The first `count` of up to sixteen channels; the others are zero.
-template <typename T>
-NAS_INLINE Vec<T> load_channels(const T* from, int64_t count) {
-  if (count >= kLanes) return Vec<T>::load(from);
-  alignas(64) T lanes[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
-  return Vec<T>::load(lanes);
-}
-template <typename T>
-NAS_INLINE void store_channels(const Vec<T>& x, T* to, int64_t count) {
-  if (count >= kLanes) return x.store(to);
-  alignas(64) T lanes[kLanes];
-  x.store(lanes);
-  for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
-}
-
 // Calls f with a constant where an image's lanes are full, so that copies are single moves.
 template <typename F>
 NAS_INLINE void with_count(int64_t count, F&& f) {
@@ -126,58 +110,63 @@ struct Images {
 };
 
 // planes[g * plane + x] = pixels x of a block's images
-template <typename T>
-void gather(const Layout& layout, int64_t block, Images<const T> from, int64_t pixels,
-            Vec<T>* planes, int64_t plane) {
+template <typename S>
+void gather(const Layout& layout, int64_t block, Images<const S> from, int64_t pixels,
+            Sixteen<S>* planes, int64_t plane) {
   const int64_t first = block * layout.together;
   if (layout.group == kLanes) {
     for (int64_t g = 0; g < layout.groups; ++g) {
-      const T* at = from.at + first * from.image + g * kLanes;
+      const S* at = from.at + first * from.image + g * kLanes;
       const int64_t count = layout.channels_of(g);
       for (int64_t x = 0; x < pixels; ++x) {
-        planes[g * plane + x] = load_channels(at + x * from.pixel, count);
+        planes[g * plane + x] = load_stored(at + x * from.pixel, count);
       }
     }
     return;
   }
   const int64_t images = layout.images_of(block);
-  if (!layout.full(block)) {
-    for (int64_t x = 0; x < pixels; ++x) planes[x] = Vec<T>::zero();
-  }
+  if (!layout.full(block)) std::fill(planes, planes + pixels, Sixteen<S>{});
   for (int64_t n = 0; n < images; ++n) {
-    const T* at = from.at + (first + n) * from.image;
-    T* to = reinterpret_cast<T*>(planes) + n * layout.group;
+    const S* at = from.at + (first + n) * from.image;
+    S* to = reinterpret_cast<S*>(planes) + n * layout.group;
     with_count(layout.channels, [&](auto count) {
       for (int64_t x = 0; x < pixels; ++x) {
-        std::memcpy(to + x * kLanes, at + x * from.pixel, count * sizeof(T));
+        std::memcpy(to + x * kLanes, at + x * from.pixel, count * sizeof(S));
       }
     });
   }
 }
 
-// The way back.
-template <typename T>
-void scatter(const Layout& layout, int64_t block, const Vec<T>* planes, int64_t plane,
-             int64_t pixels, Images<T> to) {
+// The way back, from planes of Sixteen<S> or of Vecs that are to be rounded.
+template <typename M, typename S>
+void scatter(const Layout& layout, int64_t block, const M* planes, int64_t plane, int64_t pixels,
+             Images<S> to) {
   const int64_t first = block * layout.together;
   if (layout.group == kLanes) {
     for (int64_t g = 0; g < layout.groups; ++g) {
-      T* at = to.at + first * to.image + g * kLanes;
+      S* at = to.at + first * to.image + g * kLanes;
       const int64_t count = layout.channels_of(g);
       for (int64_t x = 0; x < pixels; ++x) {
         store_channels(planes[g * plane + x], at + x * to.pixel, count);
       }
     }
-    return;
-  }
-  for (int64_t n = 0; n < layout.images_of(block); ++n) {
-    T* at = to.at + (first + n) * to.image;
-    const T* from = reinterpret_cast<const T*>(planes) + n * layout.group;
-    with_count(layout.channels, [&](auto count) {
-      for (int64_t x = 0; x < pixels; ++x) {
-        std::memcpy(at + x * to.pixel, from + x * kLanes, count * sizeof(T));
-      }
-    });
+  } else if constexpr (std::is_same_v<M, Sixteen<S>>) {
+    for (int64_t n = 0; n < layout.images_of(block); ++n) {
+      S* at = to.at + (first + n) * to.image;
+      const S* from = reinterpret_cast<const S*>(planes) + n * layout.group;
+      with_count(layout.channels, [&](auto count) {
+        for (int64_t x = 0; x < pixels; ++x) {
+          std::memcpy(at + x * to.pixel, from + x * kLanes, count * sizeof(S));
+        }
+      });
+    }
+  } else {
+    constexpr int64_t kPiece = 64;
+    Sixteen<S> piece[kPiece];
+    for (int64_t x = 0; x < pixels; x += kPiece) {
+      const int64_t count = std::min(kPiece, pixels - x);
+      scatter(layout, block, rounded<S>(planes + x, count, piece), 0, count, to.skip(x));
+    }
   }
 }
 
@@ -244,23 +233,24 @@ template <typename T>
 struct Moments {
   Vec<T> shift, sum, square;
 
-  NAS_INLINE void add_row(const Vec<T>* row, int64_t width, bool first) {
+  template <typename M>
+  NAS_INLINE void add_row(const M* row, int64_t width, bool first) {
     if (first) {
-      shift = finite_or_zero(row[0]);  // infinity less infinity would hide which it was
+      shift = finite_or_zero(widen(row[0]));  // infinity less infinity would hide which it was
       sum = square = Vec<T>::zero();
     }
     // two accumulators each, so that no addition waits for the one before
     Vec<T> s = sum, q = square, s2 = Vec<T>::zero(), q2 = Vec<T>::zero();
     int64_t x = 0;
     for (; x + 2 <= width; x += 2) {
-      const Vec<T> a = row[x] - shift, b = row[x + 1] - shift;
+      const Vec<T> a = widen(row[x]) - shift, b = widen(row[x + 1]) - shift;
       s += a;
       q += a * a;
       s2 += b;
       q2 += b * b;
     }
     if (x < width) {
-      const Vec<T> a = row[x] - shift;
+      const Vec<T> a = widen(row[x]) - shift;
       s += a;
       q += a * a;
     }
@@ -308,16 +298,16 @@ void merge_moments(const Layout& layout, const Moments<T>* moments, int64_t pixe
 }
 
 // total += a * (b - shift), over a row.
-template <typename T>
-NAS_INLINE void add_product(Vec<T>& total, const Vec<T>* a, const Vec<T>* b, const Vec<T>& shift,
+template <typename T, typename M>
+NAS_INLINE void add_product(Vec<T>& total, const M* a, const M* b, const Vec<T>& shift,
                             int64_t width) {
   Vec<T> even = total, odd = Vec<T>::zero();
   int64_t x = 0;
   for (; x + 2 <= width; x += 2) {
-    even += a[x] * (b[x] - shift);
-    odd += a[x + 1] * (b[x + 1] - shift);
+    even += widen(a[x]) * (widen(b[x]) - shift);
+    odd += widen(a[x + 1]) * (widen(b[x + 1]) - shift);
   }
-  if (x < width) even += a[x] * (b[x] - shift);
+  if (x < width) even += widen(a[x]) * (widen(b[x]) - shift);
   total = even + odd;
 }
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "vector.h"
+#include "storage.h"
 
 namespace nas::NAS_ISA {
 
@@ -16,16 +16,23 @@ struct Window {  // rows or columns of the input that an output sees
   NAS_INLINE int64_t count() const { return end - begin; }
 };
 
+template <typename T, typename M> bool all_finite(const M* row, int64_t width) {
+  Vec<T> total = Vec<T>::zero();
+  for (int64_t x = 0; x < width; ++x) total += widen(row[x]) - widen(row[x]);
+  return sum(total, 0, kLanes) == 0;
+}
+
 // One row of both pools. Columns are pooled first, into `largest` and `total` [width].
-template <typename T>
-void pool_row(const Vec<T>* plane, int64_t height, int64_t width, int64_t stride, int64_t y,
-              Vec<T>* largest, Vec<T>* total, Vec<T>* max_row, Vec<T>* average_row) {
+template <typename M, typename T>
+void pool_row(const M* plane, int64_t height, int64_t width, int64_t stride, int64_t y,
+              Vec<T>* largest, Vec<T>* total, M* max_row, M* average_row) {
   const Window rows = Window::of(y, stride, height);
   for (int64_t x = 0; x < width; ++x) {
-    Vec<T> high = plane[rows.begin * width + x], add = high;
+    Vec<T> high = widen(plane[rows.begin * width + x]), add = high;
     for (int64_t r = rows.begin + 1; r < rows.end; ++r) {
-      high = maximum(high, plane[r * width + x]);
-      add += plane[r * width + x];
+      const Vec<T> value = widen(plane[r * width + x]);
+      high = maximum(high, value);
+      add += value;
     }
     largest[x] = high;
     total[x] = add;
@@ -38,29 +45,29 @@ void pool_row(const Vec<T>* plane, int64_t height, int64_t width, int64_t stride
       high = maximum(high, largest[c]);
       add += total[c];
     }
-    max_row[x] = high;
-    average_row[x] = add * Vec<T>::splat(T(1) / T(rows.count() * columns.count()));
+    put(max_row[x], high);
+    put(average_row[x], add * Vec<T>::splat(T(1) / T(rows.count() * columns.count())));
   }
 }
 
 // Adds to `input_gradient` what one row of output gradients sends back; the maximum goes to the
 // first of equal pixels.
-template <typename T>
-void pool_row_gradient(const Vec<T>* plane, int64_t height, int64_t width, int64_t stride,
-                       int64_t y, const Vec<T>* max_row, const Vec<T>* max_gradient,
+template <typename M, typename T>
+void pool_row_gradient(const M* plane, int64_t height, int64_t width, int64_t stride, int64_t y,
+                       const M* max_row, const Vec<T>* max_gradient,
                        const Vec<T>* average_gradient, Vec<T>* input_gradient) {
   const Window rows = Window::of(y, stride, height);
   const int64_t out_width = (width + stride - 1) / stride;
-  const bool finite = all_finite(max_row, out_width);
+  const bool finite = all_finite<T>(max_row, out_width);
   for (int64_t x = 0; x < out_width; ++x) {
     const Window columns = Window::of(x, stride, width);
-    const Vec<T> high = max_row[x];
+    const Vec<T> high = widen(max_row[x]);
     Vec<T> left = max_gradient[x];
     if (!finite) {
       Vec<T> of_nan = claim_nan(left, high);
       for (int64_t r = rows.end - 1; r >= rows.begin; --r) {
         for (int64_t c = columns.end - 1; c >= columns.begin; --c) {
-          input_gradient[r * width + c] += claim(of_nan, plane[r * width + c], high);
+          input_gradient[r * width + c] += claim(of_nan, widen(plane[r * width + c]), high);
         }
       }
     }
@@ -69,7 +76,7 @@ void pool_row_gradient(const Vec<T>* plane, int64_t height, int64_t width, int64
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       for (int64_t c = columns.begin; c < columns.end; ++c) {
         const int64_t at = r * width + c;
-        input_gradient[at] += average + claim(left, plane[at], high);
+        input_gradient[at] += average + claim(left, widen(plane[at]), high);
       }
     }
   }

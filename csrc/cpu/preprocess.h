@@ -11,8 +11,8 @@ namespace nas::NAS_ISA {
 constexpr int64_t kStrip = 64;  // pixels that are taken together, so that they stay in cache
 
 // Writes one normalisation's statistics out; `count` numbers a channel made them.
-template <typename T>
-void store_statistics(const CellForward<T>& call, int64_t at, int64_t channels, int64_t count,
+template <typename S, typename T>
+void store_statistics(const CellForward<S, T>& call, int64_t at, int64_t channels, int64_t count,
                       const double* mean, const double* variance) {
   for (int64_t c = 0; c < channels; ++c) {
     call.mean[at + c] = T(mean[c]);
@@ -34,7 +34,7 @@ struct Part {
   int64_t in_groups() const { return (in + kLanes - 1) / kLanes; }
 };
 
-template <typename T>
+template <typename S, typename T>
 class Preprocess {
  public:
   Preprocess(const CellShape& shape, int64_t threads, Arena& arena, bool backward)
@@ -66,7 +66,7 @@ class Preprocess {
 
   // After the states of a chunk's images are made: on_state(input, chunk).
   template <typename OnState>
-  void forward(const CellForward<T>& call, const ThreadPool& pool, double* merged,
+  void forward(const CellForward<S, T>& call, const ThreadPool& pool, double* merged,
                OnState&& on_state) {
     const auto& g = geometry_;
     for (int i = 0; i < count_; ++i) pack(call.weights, parts_[i], own_[i].weights);
@@ -88,7 +88,7 @@ class Preprocess {
 
   // Sums of one image's gradient [H, W, C] of the normalised state `input`, and of its product with
   // the state: what backward needs of each image first.
-  void add_up(const CellBackward<T>& call, const T* gradients, int input, int64_t image) {
+  void add_up(const CellBackward<S, T>& call, const S* gradients, int input, int64_t image) {
     const auto& g = geometry_;
     const int64_t start = (input * shape_.images + image) * g.pixels * shape_.channels;
     for (int64_t group = 0; group < g.wide.groups; ++group) {
@@ -107,7 +107,7 @@ class Preprocess {
 
   // `gradients` [2, N, H, W, C], of the normalised states. A state that no active operation reads
   // has none, which is not the same as zeros: their product with NaN is NaN.
-  void backward(const CellBackward<T>& call, const T* gradients, const ThreadPool& pool) {
+  void backward(const CellBackward<S, T>& call, const S* gradients, const ThreadPool& pool) {
     for (int i = 0; i < count_; ++i) pack_back(call.weights, parts_[i], own_[i].transposed);
     for (int input = 0; input < 2; ++input) settle_gradient(call, input);
     parallel(pool, 2 * geometry_.chunks.count, [&](int64_t unit, int64_t thread) {
@@ -165,7 +165,7 @@ class Preprocess {
     }
   }
 
-  const T* input(const T* before, const T* previous, int which, int64_t image) const {
+  const S* input(const S* before, const S* previous, int which, int64_t image) const {
     if (which) return previous + image * geometry_.pixels * shape_.previous_channels;
     return before + image * shape_.before_height * shape_.before_width * shape_.before_channels;
   }
@@ -176,11 +176,16 @@ class Preprocess {
   }
 
   // relu of the input pixels behind a strip of state pixels, [pixel][channel]; zeros beyond the edge.
-  Channels<T> rectified(const T* image, const Part& part, int64_t p, int64_t count, T* to) const {
-    const auto copy = [](const T* from, int64_t numbers, T* into) {
+  Channels<T> rectified(const S* image, const Part& part, int64_t p, int64_t count, T* to) const {
+    const auto copy = [](const S* from, int64_t numbers, T* into) {
       int64_t i = 0;
-      for (; i + kLanes <= numbers; i += kLanes) relu(Vec<T>::load(from + i)).store(into + i);
-      for (; i < numbers; ++i) into[i] = from[i] < 0 ? T(0) : from[i];
+      for (; i + kLanes <= numbers; i += kLanes) {
+        relu(load_channels(from + i, kLanes)).store(into + i);
+      }
+      for (; i < numbers; ++i) {
+        const T value = widen(from[i]);
+        into[i] = value < 0 ? T(0) : value;
+      }
     };
     if (!part.halved) {
       copy(image + p * part.in, count * part.in, to);
@@ -197,38 +202,40 @@ class Preprocess {
     return {to, part.in, kLanes, part.in};
   }
 
-  void convolve_images(const CellForward<T>& call, int which, int64_t chunk, int64_t thread) {
+  void convolve_images(const CellForward<S, T>& call, int which, int64_t chunk, int64_t thread) {
     const auto& g = geometry_;
     Vec<T>* out = out_ + thread * out_size_;
     for (int64_t n = g.first_image(chunk); n < g.last_image(chunk); ++n) {
-      const T* image = input(call.before, call.previous, which, n);
-      T* state = call.states + (which * shape_.images + n) * g.pixels * shape_.channels;
+      const S* image = input(call.before, call.previous, which, n);
+      S* state = call.states + (which * shape_.images + n) * g.pixels * shape_.channels;
       for (int64_t p = 0; p < g.pixels; p += kStrip) {
         const int64_t count = std::min(kStrip, g.pixels - p);
         for_parts(which, [&](const Part& part, const Own& own) {
           const auto in = rectified(image, part, p, count, in_ + thread * in_size_);
           product_row(in, own.weights, part.out.groups, out, kStrip, count);
           for (int64_t group = 0; group < part.out.groups; ++group) {
-            own.moments[n * part.out.groups + group].add_row(out + group * kStrip, count, p == 0);
+            Sixteen<S> stored[kStrip];
+            own.moments[n * part.out.groups + group].add_row(
+                rounded<S>(out + group * kStrip, count, stored), count, p == 0);
           }
           scatter(part.out, 0, out, kStrip, count,
-                  Images<T>{state + p * shape_.channels + part.first, 0, shape_.channels});
+                  Images<S>{state + p * shape_.channels + part.first, 0, shape_.channels});
         });
       }
     }
   }
 
-  void normalise(const CellForward<T>& call, int which, int64_t chunk) {
+  void normalise(const CellForward<S, T>& call, int which, int64_t chunk) {
     const auto& g = geometry_;
     const int64_t at = shape_.preprocess_statistics(which);
     for (int64_t n = g.first_image(chunk); n < g.last_image(chunk); ++n) {
-      T* state = call.states + (which * shape_.images + n) * g.pixels * shape_.channels;
+      S* state = call.states + (which * shape_.images + n) * g.pixels * shape_.channels;
       for (int64_t group = 0; group < g.wide.groups; ++group) {
         const int64_t count = g.wide.channels_of(group);
         const Vec<T> mean = in_lanes<T>(g.wide, call.mean + at, group);
         const Vec<T> scale = in_lanes<T>(g.wide, call.reciprocal_deviation + at, group);
         for (int64_t p = 0; p < g.pixels; ++p) {
-          T* to = state + p * shape_.channels + group * kLanes;
+          S* to = state + p * shape_.channels + group * kLanes;
           store_channels((load_channels(to, count) - mean) * scale, to, count);
         }
       }
@@ -237,7 +244,7 @@ class Preprocess {
 
   // Coefficients of: convolution's gradient = a * gradient + b + d * state. In evaluation, b and d
   // are no part of it.
-  void settle_gradient(const CellBackward<T>& call, int which) {
+  void settle_gradient(const CellBackward<S, T>& call, int which) {
     const auto& g = geometry_;
     const T* scale = call.reciprocal_deviation + shape_.preprocess_statistics(which);
     double *sum = merged_, *product = merged_ + shape_.channels;
@@ -262,10 +269,10 @@ class Preprocess {
     });
   }
 
-  void convolve_back(const CellBackward<T>& call, const T* gradients, int which, int64_t chunk,
+  void convolve_back(const CellBackward<S, T>& call, const S* gradients, int which, int64_t chunk,
                      int64_t thread) {
     const auto& g = geometry_;
-    T* wanted = which ? call.previous_gradient : call.before_gradient;
+    S* wanted = which ? call.previous_gradient : call.before_gradient;
     if (!wanted && !call.weights_gradient) return;
     for_parts(which, [&](const Part& part, const Own& own) {
       const int64_t size = part.out.groups * part.in;
@@ -274,16 +281,16 @@ class Preprocess {
     });
     Vec<T>* dy = out_ + thread * out_size_;
     T* strip = in_ + thread * in_size_;
-    const T* images = input(call.before, call.previous, which, 0);
+    const S* images = input(call.before, call.previous, which, 0);
     if (shape_.partial == 1 && !any_alive(call.live, which)) {
-      const T* end = input(call.before, call.previous, which, g.last_image(chunk));
-      const T* begin = input(call.before, call.previous, which, g.first_image(chunk));
-      if (wanted) std::fill(wanted + (begin - images), wanted + (end - images), T(0));
+      const S* end = input(call.before, call.previous, which, g.last_image(chunk));
+      const S* begin = input(call.before, call.previous, which, g.first_image(chunk));
+      if (wanted) std::fill(wanted + (begin - images), wanted + (end - images), S{});
       return;
     }
     for (int64_t n = g.first_image(chunk); n < g.last_image(chunk); ++n) {
-      const T* image = input(call.before, call.previous, which, n);
-      T* to = wanted ? wanted + (image - images) : nullptr;
+      const S* image = input(call.before, call.previous, which, n);
+      S* to = wanted ? wanted + (image - images) : nullptr;
       for (int64_t p = 0; p < g.pixels; p += kStrip) {
         const int64_t count = std::min(kStrip, g.pixels - p);
         const int64_t at = ((which * shape_.images + n) * g.pixels + p) * shape_.channels;
@@ -306,8 +313,8 @@ class Preprocess {
   }
 
   // The gradient of a part's convolution for a strip of pixels, from those of the normalised state.
-  void gradient_of(const CellBackward<T>& call, const Part& part, const Own& own,
-                   const T* gradients, const T* states, int64_t count, Vec<T>* to) const {
+  void gradient_of(const CellBackward<S, T>& call, const Part& part, const Own& own,
+                   const S* gradients, const S* states, int64_t count, Vec<T>* to) const {
     for (int64_t group = 0; group < part.out.groups; ++group) {
       const int64_t lanes = part.out.channels_of(group), at = part.first + group * kLanes;
       const Vec<T>* a = own.coefficients + group;
@@ -322,8 +329,8 @@ class Preprocess {
   }
 
   // Masks a strip of the input's gradient by its ReLU and puts it where it belongs.
-  void store_back(const T* image, const Part& part, int64_t p, int64_t count, const Vec<T>* row,
-                  T* to) const {
+  void store_back(const S* image, const Part& part, int64_t p, int64_t count, const Vec<T>* row,
+                  S* to) const {
     const auto store = [&](int64_t pixel, int64_t i) {
       for (int64_t c = 0; c < part.in; c += kLanes) {
         const Vec<T> x = load_channels(image + pixel * part.in + c, part.in - c);
@@ -342,8 +349,8 @@ class Preprocess {
       const int64_t other = x + 1 - 2 * part.half, row_start = y * shape_.before_width;
       if (x < shape_.before_width) store(row_start + x, i);
       if (other < shape_.before_width) {
-        T* zeros = to + (row_start + other) * part.in;
-        std::fill(zeros, zeros + part.in, T(0));
+        S* zeros = to + (row_start + other) * part.in;
+        std::fill(zeros, zeros + part.in, S{});
       }
     }
   }

@@ -151,12 +151,6 @@ template <typename T> NAS_INLINE T sum(const Vec<T>& x, int first, int count) {
   return total;
 }
 
-template <typename T> bool all_finite(const Vec<T>* row, int64_t width) {
-  Vec<T> total = Vec<T>::zero();
-  for (int64_t x = 0; x < width; ++x) total += row[x] - row[x];
-  return sum(total, 0, kLanes) == 0;
-}
-
 // Lane `Channel` of each group of `Group` lanes, spread over the group.
 template <int Group, int Channel, typename T, std::size_t... Lane>
 NAS_INLINE Vec<T> spread_lanes(const Vec<T>& x, std::index_sequence<Lane...>) {

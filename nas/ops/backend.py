@@ -14,6 +14,7 @@ from nas.ops import build, mixed, native
 from nas.ops.mixed import CellPlan, Statistics
 
 AUTO, NATIVE, EAGER = BACKENDS = ("auto", "native", "eager")
+FLOAT32, BFLOAT16 = STORAGES = ("float32", "bfloat16")  # what images lie in between the cells
 NATIVE_DEVICES = ("cpu",)
 
 

@@ -8,7 +8,7 @@ arXiv 1907.05737).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nas.errors import ConfigurationError
 from nas.ops.packing import Packing
 
 OPERATIONS = (
@@ -189,12 +190,38 @@ def shuffle_channels(x: Tensor, groups: int) -> Tensor:
     )
 
 
+def rounding(images: Tensor, weights: Tensor) -> Callable[[Tensor], Tensor]:
+    """What rounds to the type that ``images`` are stored in, in tensors of ``weights``'s type.
+
+    Gradients are rounded on their way back.
+
+    Raises:
+        ConfigurationError: the images are neither of the weights' type nor bfloat16 beside float32.
+    """
+    stored, computed = images.dtype, weights.dtype
+    if stored == computed:
+        return lambda x: x
+    if (stored, computed) != (torch.bfloat16, torch.float32):
+        raise ConfigurationError(
+            f"images are {stored} beside weights that are {computed}: they must be of the same "
+            "type, or bfloat16 beside float32"
+        )
+    return lambda x: x.to(stored).to(computed)
+
+
 class _Edges:
     """The candidate operations of one cell for one forward pass."""
 
-    def __init__(self, plan: CellPlan, weights: Mapping[str, Tensor], norm: Normaliser) -> None:
+    def __init__(
+        self,
+        plan: CellPlan,
+        weights: Mapping[str, Tensor],
+        norm: Normaliser,
+        store: Callable[[Tensor], Tensor],
+    ) -> None:
         self.plan = plan
         self.norm = norm
+        self.store = store
         self.depthwise3 = weights["depthwise3"].flatten(0, 1).unbind()
         self.depthwise5 = weights["depthwise5"].flatten(0, 1).unbind()
         self.pointwise = weights["pointwise"].flatten(0, 1).unbind()
@@ -211,7 +238,8 @@ class _Edges:
             if stride == 1:
                 return x
             slot = REDUCING.index(edge)
-            return self.norm(factorized_reduce(rectified, self.reduce[slot]), "reduce", slot)
+            y = factorized_reduce(rectified, self.reduce[slot])
+            return self.norm(self.store(y), "reduce", slot)
         if operation in (SEP3, SEP5):
             table, first = (
                 (self.depthwise3, SEP3A) if operation == SEP3 else (self.depthwise5, SEP5A)
@@ -227,7 +255,7 @@ class _Edges:
         self, x: Tensor, taps: Tensor, edge: int, slot: int, stride: int, dilation: int = 1
     ) -> Tensor:
         y = pointwise(depthwise(x, taps, stride, dilation), self.pointwise[6 * edge + slot])
-        return self.norm(y, "convolutions", edge, slot)
+        return self.norm(self.store(y), "convolutions", edge, slot)
 
     def _pool(self, operation: int, source: int, x: Tensor, stride: int) -> Tensor:
         key = (operation, source)
@@ -237,6 +265,7 @@ class _Edges:
                 if operation == MAX_POOL
                 else F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
             )
+            pooled = self.store(pooled)
             self.shared[key] = self.norm(pooled, "pools", source, operation - MAX_POOL)
         return self.shared[key]
 
@@ -254,7 +283,9 @@ def mixed_cell(
     """One cell of the supernet. :func:`nas.ops.native.mixed_cell` is its twin.
 
     Args:
-        before_previous, previous: the outputs of the two cells before, [N, C', H', W'].
+        before_previous, previous: the outputs of the two cells before, [N, C', H', W'], of the
+            weights' type; or bfloat16 beside float32 weights, and then all that a kernel sends to
+            memory is rounded to it: states, pools, convolutions before their normalisation.
         weights: the cell's weights, flat, laid out by ``plan.weights``.
         statistics: the running statistics of the cell's normalisations.
         operations: mixing weights [14, 8].
@@ -262,16 +293,21 @@ def mixed_cell(
         active: booleans [14, 8] on the CPU; what is False is not computed. None computes all.
 
     Returns:
-        The four nodes side by side, [N, 4 C, H, W], channels last.
+        The four nodes side by side, [N, 4 C, H, W], channels last, of the images' type.
+
+    Raises:
+        ConfigurationError: the images are of another type than these.
     """
     norm = Normaliser.of(statistics, plan.statistics)
     table = plan.weights.unpack(weights)
     halve = factorized_reduce if plan.previous_reduction else pointwise
+    store = rounding(previous, weights)
+    before, last = (F.relu(x.to(weights.dtype)) for x in (before_previous, previous))
     states = [
-        norm(halve(F.relu(before_previous), table["preprocess0"]), "preprocess", 0),
-        norm(pointwise(F.relu(previous), table["preprocess1"]), "preprocess", 1),
+        store(norm(store(halve(before, table["preprocess0"])), "preprocess", 0)),
+        store(norm(store(pointwise(last, table["preprocess1"])), "preprocess", 1)),
     ]
-    candidates = _Edges(plan, table, norm)
+    candidates = _Edges(plan, table, norm, store)
     mix = operations.unbind()
     edge_weights = None if edges is None else edges.unbind()
     rectified: list[Tensor] = []
@@ -297,8 +333,8 @@ def mixed_cell(
                 rest = F.max_pool2d(rest, 2, 2, ceil_mode=True) if stride == 2 else rest
                 rest = rest if edge_weights is None else rest * edge_weights[edge]
                 bypass = rest if bypass is None else bypass + rest
-        states.append(_join(plan, states, total, bypass))
-    return torch.cat(states[2:], 1)
+        states.append(store(_join(plan, states, total, bypass)))
+    return torch.cat(states[2:], 1).to(previous.dtype)
 
 
 def _join(

@@ -19,7 +19,7 @@ from nas.data import Augmentation, Batch, Batches, ImageTask, halves
 from nas.hardware import peak_memory_mb
 from nas.loop import ResumableLoop
 from nas.observer import EpochRecord, Observer
-from nas.ops.backend import AUTO
+from nas.ops.backend import AUTO, FLOAT32
 from nas.optimisation import (
     copy_tensors,
     cosine,
@@ -62,7 +62,7 @@ class SearchResult:
 class BilevelSearch(ResumableLoop[Pair]):
     """One search: a supernet, its two optimisers and the two halves of the data.
 
-    A pure function of (task, space, method, config, seed).
+    A pure function of (task, space, method, config, seed, backend, storage).
     """
 
     phase = "search"
@@ -78,13 +78,14 @@ class BilevelSearch(ResumableLoop[Pair]):
         workers: int = 0,
         space: str = "darts",
         backend: str = AUTO,
+        storage: str = FLOAT32,
     ) -> None:
         self.method = method
         self.config = config
         self.device = device
         self.supernet = (
             find_space(space)
-            .supernet(task.shape, config.supernet, seed=seed, backend=backend)
+            .supernet(task.shape, config.supernet, seed=seed, backend=backend, storage=storage)
             .to(device)
         )
         self.weight_optimiser = torch.optim.SGD(
@@ -112,6 +113,7 @@ class BilevelSearch(ResumableLoop[Pair]):
                 "config": asdict(config),
                 "seed": seed,
                 "backend": self.supernet.backend.name,
+                "storage": storage,
             },
         )
 
@@ -211,7 +213,8 @@ class BilevelSearch(ResumableLoop[Pair]):
         weights: Tensor | None = None,
         update_statistics: bool = True,
     ) -> Tensor:
-        # In full precision on a GPU too: differences between operations are what a search is after.
+        # Computed in full precision on a GPU too, however images are stored: differences between
+        # operations are what a search is after.
         scores: Tensor = self.supernet(
             batch.images, mixing, weights=weights, update_statistics=update_statistics
         )

@@ -80,6 +80,12 @@ class Space(Protocol):
         """The network with weights drawn from ``generator``, on the generator's device."""
 
     def supernet(
-        self, shape: TaskShape, config: SupernetConfig, *, seed: int, backend: str = "auto"
+        self,
+        shape: TaskShape,
+        config: SupernetConfig,
+        *,
+        seed: int,
+        backend: str = "auto",
+        storage: str = "float32",
     ) -> Supernet:
         """All networks of the space at once, with shared weights drawn from ``seed``."""

@@ -11,7 +11,7 @@ import torch
 
 from nas.architecture import Architecture, Skeleton
 from nas.errors import ArchitectureError
-from nas.ops.backend import AUTO
+from nas.ops.backend import AUTO, FLOAT32
 from nas.ops.primitives import initialise
 from nas.spaces.darts.genotype import NODES, OPERATIONS, Gene, Genotype
 from nas.spaces.darts.network import DartsNetwork
@@ -114,10 +114,16 @@ class DartsSpace:
         return initialise(self.meta_network(architecture, shape, auxiliary=auxiliary), generator)
 
     def supernet(
-        self, shape: TaskShape, config: SupernetConfig, *, seed: int, backend: str = AUTO
+        self,
+        shape: TaskShape,
+        config: SupernetConfig,
+        *,
+        seed: int,
+        backend: str = AUTO,
+        storage: str = FLOAT32,
     ) -> Supernet:
         """All networks of the space at once, for a differentiable search."""
-        return Supernet(shape, config, seed=seed, backend=backend)
+        return Supernet(shape, config, seed=seed, backend=backend, storage=storage)
 
 
 def _check_skeleton(skeleton: Skeleton) -> None:

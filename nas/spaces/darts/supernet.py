@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.errors import ConfigurationError
-from nas.ops.backend import AUTO, choose
+from nas.errors import ConfigurationError, UnknownNameError
+from nas.ops.backend import AUTO, BFLOAT16, FLOAT32, STORAGES, choose
 from nas.ops.mixed import EDGES, NODES, OPERATIONS, CellPlan, Normaliser, Statistics
 from nas.ops.packing import Packing
 from nas.randomness import generator
@@ -114,6 +114,8 @@ class Supernet(nn.Module):
     """Every network of the DARTS space at once.
 
     ``backend`` is "auto", "native" or "eager": who computes the cells (:mod:`nas.ops.backend`).
+    ``storage`` is "float32", or "bfloat16" for cells that keep images, states and their gradients
+    in half the memory; they compute in single precision all the same, as all else is stored.
 
     ``weights`` is one flat parameter, ``alphas`` [2, 14, 8] (and ``betas`` [2, 14] with edge
     normalisation) are the architecture parameters; running statistics are flat buffers. The
@@ -124,10 +126,19 @@ class Supernet(nn.Module):
     running_variance: Tensor
 
     def __init__(
-        self, shape: TaskShape, config: SupernetConfig, *, seed: int, backend: str = AUTO
+        self,
+        shape: TaskShape,
+        config: SupernetConfig,
+        *,
+        seed: int,
+        backend: str = AUTO,
+        storage: str = FLOAT32,
     ) -> None:
         super().__init__()
+        if storage not in STORAGES:
+            raise UnknownNameError("storage", storage, STORAGES)
         self.backend = choose(backend)
+        self.storage = storage
         self.shape = shape
         self.config = config
         self.plans = _plan_cells(config)
@@ -204,7 +215,7 @@ class Supernet(nn.Module):
         statistics = self._statistics(update_statistics)
         active = mixing.live()
         mixed_cell = self.backend.mixed_cell(images.device)
-        before = previous = self._stem(images, stem, statistics[0])
+        before = previous = self._stored(self._stem(images, stem, statistics[0]))
         for plan, cell, running in zip(self.plans, cells, statistics[1:], strict=True):
             kind = REDUCE if plan.reduction else NORMAL
             output = mixed_cell(
@@ -218,7 +229,22 @@ class Supernet(nn.Module):
                 None if active is None else active[kind],
             )
             before, previous = previous, output
-        return previous.mean((2, 3))
+        return previous.to(self.weights.dtype).mean((2, 3))
+
+    def _stored(self, x: Tensor) -> Tensor:
+        """``x`` as it goes to the cells.
+
+        Raises:
+            ConfigurationError: the supernet is not in single precision, and its storage is.
+        """
+        if self.storage != BFLOAT16:
+            return x
+        if x.dtype != torch.float32:
+            raise ConfigurationError(
+                f"storage 'bfloat16' needs a supernet in float32, not {x.dtype}; storage 'float32' "
+                "is that of the weights"
+            )
+        return x.bfloat16()
 
     def _stem(self, images: Tensor, weights: Tensor, statistics: Statistics) -> Tensor:
         stem = self.stem.unpack(weights)
