@@ -9,7 +9,7 @@ from typing import Any
 
 from nas.architecture import Architecture, Skeleton
 from nas.data import ImageTask
-from nas.errors import NASError, TrackingError
+from nas.errors import NASError, TrackingError, UnknownNameError
 from nas.hardware import pick_device
 from nas.ops.backend import NATIVE, STORAGES, Backend, choose
 from nas.ops.mixed import OPERATIONS

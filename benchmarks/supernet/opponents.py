@@ -23,10 +23,11 @@ from benchmarks.supernet.setting import (
     UnavailableError,
 )
 from nas.errors import NASError
+from nas.ops.backend import FLOAT32
 from nas.search import BilevelSearch, find_method
 from nas.spaces.darts.supernet import Supernet
 
-IMPLEMENTATIONS = ("eager", "compile", "native", "authors")
+IMPLEMENTATIONS = ("eager", "compile", "native", "native bfloat16", "authors")
 
 Result = TypeVar("Result")
 
@@ -108,10 +109,20 @@ def make_opponent(name: str, setting: Setting, peers: Path | None = None) -> Opp
     return Ours(search, _supernet(setting, name))
 
 
-def _supernet(setting: Setting, backend: str) -> Supernet:
-    """Raises UnavailableError where there is no such backend."""
+def _supernet(setting: Setting, name: str) -> Supernet:
+    """Raises UnavailableError where there is no such backend.
+
+    A second word of ``name`` is what it stores images in.
+    """
+    backend, _, storage = name.partition(" ")
     try:
-        return Supernet(setting.shape, setting.supernet, seed=SEED, backend=backend)
+        return Supernet(
+            setting.shape,
+            setting.supernet,
+            seed=SEED,
+            backend=backend,
+            storage=storage or FLOAT32,
+        )
     except NASError as error:
         raise UnavailableError(str(error)) from error
 

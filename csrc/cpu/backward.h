@@ -272,7 +272,7 @@ class BackwardCell {
     }
     Images<const S> state = passing(g, s, call_.states, call_.output, pooled_);
     state.at += image * state.image + y * g.node_width * state.pixel;
-    with_edges(count, [&](auto edges) {
+    with_edges<kNodes>(count, [&](auto edges) {
       PassedRow<T>(g, g.node_width)
           .template send_back<edges>(gradients, weights, state, own, products + first, to);
     });

@@ -21,17 +21,14 @@ Images<const S> passing(const Geometry<T>& g, int s, const S* states, const S* o
 constexpr int64_t kAhead = 12;
 template <typename T> NAS_INLINE void prefetch(const T* at) { __builtin_prefetch(at); }
 
-// Calls f with `count` as a constant, so that a loop over edges is unrolled and its weights stay in
-// registers.
-template <typename F>
+// Calls f with `count`, from 1 to Most, as a constant, so that a loop over edges is unrolled and its
+// weights stay in registers.
+template <int Most, typename F>
 NAS_INLINE void with_edges(int count, F&& f) {
-  switch (count) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 3: return f(std::integral_constant<int, 3>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-    default: return f(std::integral_constant<int, 5>{});
+  if constexpr (Most > 1) {
+    if (count < Most) return with_edges<Most - 1>(count, f);
   }
+  f(std::integral_constant<int, Most>{});
 }
 
 // The channels that pass edges by, of a row of pixels: the Vecs from channel `start` on. The first
