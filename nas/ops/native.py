@@ -7,6 +7,7 @@ which is faster than reading it back from memory, and pays for no gradient that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -31,12 +32,30 @@ def mixed_cell(
     active: Tensor | None = None,
 ) -> Tensor:
     """One cell of the supernet; see :func:`nas.ops.mixed.mixed_cell`."""
+    operator = torch.ops.nas_transfer.mixed_cell
+    return call_operator(
+        operator, plan, before_previous, previous, weights, statistics, operations, edges, active
+    )
+
+
+def call_operator(
+    operator: Callable[..., tuple[Tensor, ...]],
+    plan: CellPlan,
+    before_previous: Tensor,
+    previous: Tensor,
+    weights: Tensor,
+    statistics: Statistics,
+    operations: Tensor,
+    edges: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """:func:`mixed_cell` by any operator with its schema."""
     channels_last = torch.channels_last
     keep = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad
         for x in (before_previous, previous, weights, operations, edges)
     )
-    output, _, mean, _, variance, _ = torch.ops.nas_transfer.mixed_cell(
+    output, _, mean, _, variance, _ = operator(
         before_previous.contiguous(memory_format=channels_last),
         previous.contiguous(memory_format=channels_last),
         weights,
@@ -140,14 +159,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(
-    ctx: Any, gradient: Tensor | None, *unused: Tensor | None
+    ctx: Any,
+    gradient: Tensor | None,
+    *unused: Tensor | None,
+    operator: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> tuple[Tensor | None, ...]:
+    operator = operator or torch.ops.nas_transfer.mixed_cell_backward
     if gradient is None:  # nothing that is differentiated looks at the cell's output
         return (None,) * 14
     need_before, need_previous, need_weights, _, _, need_operations, need_bypass = (
         ctx.needs_input_grad[:7]
     )
-    gradients = torch.ops.nas_transfer.mixed_cell_backward(
+    gradients = operator(
         gradient.contiguous(memory_format=torch.channels_last),
         *ctx.saved_tensors,
         *ctx.sizes,
