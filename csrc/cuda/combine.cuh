@@ -53,6 +53,12 @@ NAS_DEVICE int shuffled(const Geometry& g, int channel) {
   return channel % mixed * int(g.shape.partial) + channel / mixed;
 }
 
+// Where it was before.
+NAS_DEVICE int unshuffled(const Geometry& g, int channel) {
+  const int partial = int(g.shape.partial);
+  return channel % partial * g.channels() + channel / partial;
+}
+
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Combine<T> call) {
   using A = Sum<T>;

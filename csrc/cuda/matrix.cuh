@@ -16,7 +16,7 @@ class MatrixGradient {
  public:
   NAS_DEVICE MatrixGradient(int inputs, int outputs, int pitch, A* to)
       : inputs_(inputs), outputs_(outputs), pitch_(pitch), to_(to),
-        across_((outputs + 3) / 4), items_((inputs + 3) / 4 * across_),
+        across_(larger(1, (outputs + 3) / 4)), items_((inputs + 3) / 4 * across_),
         slices_(larger(1, kThreads / items_)) {}
 
   // Adds `rows` rows; columns of both up to the next multiple of 4 can be read.

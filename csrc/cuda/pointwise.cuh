@@ -97,8 +97,9 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t start = index * call.rows;
     const int count = int(smaller<int64_t>(call.rows, call.pixels - start));
     for (int half = 0; half < job.halves; ++half) {
-      job.template load_rows<V>(half, start, call.rows, count, in, in_pitch);
       const int first = job.first(half), columns = job.last(half) - first;
+      if (!columns) continue;  // half of one
+      job.template load_rows<V>(half, start, call.rows, count, in, in_pitch);
       product(in, in_pitch, call.rows, job.inputs, columns,
               [&](int k, int c) { return job.weights[k * job.outputs + first + c]; }, staged,
               out + job.column(first), out_pitch);

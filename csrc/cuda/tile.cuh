@@ -4,6 +4,7 @@
 #pragma once
 
 #include <stdexcept>
+#include <string>
 
 #include "geometry.h"
 
@@ -60,9 +61,13 @@ Tiling plan_tiles(int images, int height, int width, int channels, Bytes&& bytes
   const int pixels = smaller(larger(kNumbers / channels, 16), 1024);
   int side = kSide;
   while (side * side < pixels) side *= 2;
+  // a whole plane, or a multiple of what a thread takes
+  const auto fit = [](int wish, int size) {
+    return wish >= size ? size : larger(wish / kSide * kSide, smaller(kSide, size));
+  };
   Tiling t{images, height, width, 1, 1, 1, smaller(channels, kThreads)};
-  t.columns = smaller(side, width);
-  t.rows = smaller(larger(pixels / t.columns, 1), height);
+  t.columns = fit(side, width);
+  t.rows = fit(pixels / t.columns, height);
   if (t.rows == height && t.columns == width) {
     t.images = smaller(larger(pixels / (height * width), 1), images);
   }
@@ -71,10 +76,10 @@ Tiling plan_tiles(int images, int height, int width, int channels, Bytes&& bytes
       t.images /= 2;
     } else if (t.slab > 16) {
       t.slab = round_up(t.slab / 2, 8);
-    } else if (t.rows > 1 && t.rows >= t.columns) {
-      t.rows = (t.rows + 1) / 2;
-    } else if (t.columns > 1) {
-      t.columns = (t.columns + 1) / 2;
+    } else if (t.rows > kSide && t.rows >= t.columns) {
+      t.rows = round_up(t.rows / 2, kSide);
+    } else if (t.columns > kSide) {
+      t.columns = round_up(t.columns / 2, kSide);
     } else {
       throw std::invalid_argument("the mixed operation has too many channels for a GPU's shared "
                                   "memory: " + std::to_string(channels));
