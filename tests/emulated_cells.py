@@ -1,12 +1,13 @@
 """The CUDA kernels of csrc/cuda, run on the host by tests/cuda_emulation, as a twin of the cell.
 
-``python -m emulated_cells`` builds them; tests share the build, which is remade when a source has
-changed.
+They are compiled into build/, again where a source has changed. ``python tests/emulated_cells.py``
+runs them under the address and the thread sanitizer (make sanitize).
 """
 
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ FLAGS = (
 
 
 def build(folder: Path, extra: tuple[str, ...] = (), program: Path | None = None) -> Path:
-    """The library for torch in ``folder``, or with ``program`` an executable without torch.
+    """The library for torch in ``folder``, or with ``program`` an executable without torch, which
+    has the kernels of single precision alone.
 
     Only what has changed since the last build is compiled, by one process at a time.
 
@@ -42,7 +44,8 @@ def build(folder: Path, extra: tuple[str, ...] = (), program: Path | None = None
     """
     compiler, ninja = find_compiler(), find_ninja()
     none = Cuda(None, "emulated")
-    sources = {SOURCES / f"cell_{kind}.cu": (*FLAGS, *extra) for kind in KINDS}
+    kinds = KINDS if program is None else ("float",)
+    sources = {SOURCES / f"cell_{kind}.cu": (*FLAGS, *extra) for kind in kinds}
     if program is None:
         out, link = LIBRARY, ("-shared", *recipe._link_flags(none), *extra)
         host = recipe._host_flags(compiler, none)
@@ -65,6 +68,20 @@ def build(folder: Path, extra: tuple[str, ...] = (), program: Path | None = None
         (folder / "build.ninja").write_text("\n".join([*rules, *edges, f"default {out}\n"]))
         subprocess.run([ninja, "-C", str(folder)], check=True, stdout=subprocess.DEVNULL)
     return folder / out
+
+
+def run_sanitized(sanitizer: str) -> str:
+    """What ``sanitized.cpp`` says under ``-fsanitize=sanitizer``, which ends it at a mistake."""
+    extra = (f"-fsanitize={sanitizer}", "-g", "-fno-omit-frame-pointer")
+    folder = ROOT / "build" / f"emulation-{sanitizer.partition(',')[0]}"
+    program = build(folder, extra, EMULATION / "sanitized.cpp")
+    options = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run(
+        [str(program)], env={**os.environ, **options}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{program.name} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return done.stdout
 
 
 def load() -> None:
@@ -116,3 +133,8 @@ def mixed_cell(
         _Cell.apply,
         *(plan, before_previous, previous, weights, statistics, operations, edges, active),
     )
+
+
+if __name__ == "__main__":
+    for name in ("address,undefined", "thread"):
+        print(f"{name}: {run_sanitized(name).strip()}", flush=True)

@@ -225,7 +225,6 @@ class Backward {
     ConvolutionGradient<T> work;
     work.in = inputs();
     work.jobs = jobs;
-    work.widest = widest_steps(work.in, jobs);
     work.coefficients = coefficients_;
     work.node = node(target);
     work.between = between_;
@@ -233,10 +232,12 @@ class Backward {
     work.matrices = call_.weights_gradient ? matrices_[round] : nullptr;
     const auto bytes = [&](const Tiling& t) {
       Arena arena(nullptr);
-      GradientMemory<P>::take(arena, t, work.widest, g_.channels(), work.matrices);
+      GradientMemory<P>::take(arena, t, largest_input(work.in, jobs, t), g_.channels(),
+                              work.matrices);
       return arena.used();
     };
     work.tiling = plan_nodes(g_, bytes);
+    work.input = largest_input(work.in, jobs, work.tiling);
     const int chunks = chunks_for(work.tiling.tiles(), jobs.count);
     launch(pointwise_gradient<T, V>, {unsigned(chunks), unsigned(jobs.count), 1},
            bytes(work.tiling), stream_, work);

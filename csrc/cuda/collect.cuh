@@ -70,7 +70,7 @@ NAS_DEVICE Sum<T> passed_back(const Collect<T>& call, int64_t p, int channel) {
 // A node's gradient, before its channels were shuffled. Edges that leave it were added up in
 // `mixed`, or there are none: s is kSources.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_OF(T)
     collect_node(const __grid_constant__ Collect<T> call) {
   using A = Sum<T>;
   const Geometry& g = call.g;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // That of a preprocessed input.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_OF(T)
     collect_input(const __grid_constant__ Collect<T> call) {
   using A = Sum<T>;
   const Geometry& g = call.g;
@@ -158,7 +158,7 @@ struct SkipGradients {
 };
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_OF(T)
     skip_gradients(const __grid_constant__ SkipGradients<T> call) {
   using A = Sum<T>;
   const A weight = call.operations[call.edge[blockIdx.y] * kOperations + kSkip];
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Sums that the gradient of a preprocessing needs: of G and of G times the normalised state.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_OF(T)
     state_pairs(Geometry g, const T* states, const Sum<T>* gradients, Sum<T>* to) {
   using A = Sum<T>;
   const int channels = int(g.shape.channels);
@@ -236,7 +236,7 @@ struct PointwiseBack {
 };
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_OF(T)
     pointwise_back(const __grid_constant__ PointwiseBack<T> call) {
   using A = Sum<T>;
   const int number = int(blockIdx.y);
@@ -266,10 +266,10 @@ __global__ void __launch_bounds__(kThreads)
               ? coefficients(call.gradient[number][at], load(call.plane[number] + at), c)
               : A(0);
     }
-    for (int half = 0; half < job.halves; ++half) {
+    NAS_UNROLL for (int half = 0; half < 2; ++half) {
       const int first = job.first(half), columns = job.last(half) - first;
       const A* from = out + job.column(first);
-      if (!columns) continue;  // half of one
+      if (half >= job.halves || !columns) continue;  // half of one channel is none
       job.template load_rows<V>(half, start, call.rows, count, in, in_pitch);
       __syncthreads();
       if (call.matrices) halves[half].add(in, in_pitch, from, out_pitch, call.rows);
@@ -293,7 +293,8 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (!call.matrices) return;
-  for (int half = 0; half < job.halves; ++half) {
+  NAS_UNROLL for (int half = 0; half < 2; ++half) {
+    if (half >= job.halves || job.first(half) == job.last(half)) continue;
     __syncthreads();
     halves[half].finish(back);
   }

@@ -60,7 +60,7 @@ NAS_DEVICE int unshuffled(const Geometry& g, int channel) {
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Combine<T> call) {
+NAS_KERNEL_OF(T) combine(const __grid_constant__ Combine<T> call) {
   using A = Sum<T>;
   const Geometry& g = call.g;
   const int mixed = g.channels(), channels = int(g.shape.channels);

@@ -96,11 +96,11 @@ struct ConvolveMemory {
   Moments<A> moments;
 
   // `scratch` is the input first and the output then.
-  NAS_BOTH static ConvolveMemory take(Arena& arena, const Tiling& t, const Steps& widest,
-                                      int channels, int vector) {
+  NAS_BOTH static ConvolveMemory take(Arena& arena, const Tiling& t, int64_t input, int channels,
+                                      int vector) {
     const int64_t tile = int64_t(t.pixels()) * row_pitch(channels);
     ConvolveMemory memory;
-    memory.scratch = arena.take<A>(larger(widest.region(t).numbers(t.images), tile));
+    memory.scratch = arena.take<A>(larger(input, tile));
     memory.depthwise = arena.take<A>(tile);
     memory.staged = arena.take<A>(kDepth * round_up(channels, 4));
     memory.moments = Moments<A>::take(arena, channels, vector);
@@ -108,26 +108,25 @@ struct ConvolveMemory {
   }
 };
 
-// Convolutions of one launch, all of one stride.
+// Convolutions of one launch.
 template <typename T>
 struct Convolve {
   Inputs<T> in;
   Jobs jobs;
   Tiling tiling;
-  Steps widest;
+  int64_t input;     // numbers of the largest input of a tile
   T* to;             // planes of all convolutions
   Sum<T>* moments;   // of each job, or null where nobody asks
 };
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
-    convolve(const __grid_constant__ Convolve<T> call) {
+NAS_KERNEL_ALONE convolve(const __grid_constant__ Convolve<T> call) {
   using A = Sum<T>;
   const Tiling& t = call.tiling;
   const int channels = call.in.g.channels(), pitch = row_pitch(channels);
   const int edge = call.jobs.edge[blockIdx.y], convolution = call.jobs.convolution[blockIdx.y];
   Arena arena(shared_memory());
-  const auto memory = ConvolveMemory<A>::take(arena, t, call.widest, channels, V);
+  const auto memory = ConvolveMemory<A>::take(arena, t, call.input, channels, V);
   const A* matrix = call.in.weights + matrix_at(call.in.g, edge, convolution);
   T* to = call.to + call.in.g.convolution(edge, convolution);
   const Share share = Share::of(channels, V);

@@ -31,6 +31,21 @@
 #define NAS_UNROLL_BY(n)
 #endif
 
+// Loads stay on their side: the compiler would gather those of many rows, for which there are not
+// enough registers.
+#if defined(__CUDA_ARCH__)
+#define NAS_KEEP_ORDER asm volatile("" ::: "memory")
+#else
+#define NAS_KEEP_ORDER
+#endif
+// A kernel, of which two blocks are to fit on a multiprocessor: that leaves 128 registers a thread.
+// One block where a number takes two registers.
+#define NAS_KERNEL_OF(T) \
+  __global__ void __launch_bounds__(nas::cuda::kThreads, sizeof(T) == 8 ? 1 : 2)
+
+// A kernel that fills a multiprocessor by itself: its threads keep much in registers, up to 255.
+#define NAS_KERNEL_ALONE __global__ void __launch_bounds__(nas::cuda::kThreads, 1)
+
 namespace nas::cuda {
 
 constexpr int kThreads = 256;            // of every block

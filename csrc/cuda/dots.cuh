@@ -23,7 +23,7 @@ struct Dots {
 };
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) dots(const __grid_constant__ Dots<T> call) {
+NAS_KERNEL_OF(T) dots(const __grid_constant__ Dots<T> call) {
   using A = Sum<T>;
   const Geometry& g = call.g;
   const int s = int(blockIdx.y), channels = g.channels();
@@ -114,7 +114,7 @@ NAS_DEVICE double chunk_sum(const P* from, int64_t step, int chunks) {
 }
 
 template <typename P>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_OF(P)
     settle_dots(const __grid_constant__ SettleDots<P> call) {
   constexpr int kWarps = kThreads / 32;
   const Geometry& g = call.g;
@@ -182,7 +182,7 @@ struct SettlePairs {
 };
 
 template <typename P>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_OF(P)
     settle_pairs(const __grid_constant__ SettlePairs<P> call) {
   const auto& job = call.job[blockIdx.y];
   const int c = int(blockIdx.x) * (kThreads / 32) + int(threadIdx.x) / 32;
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Coefficients of both pools of state s, from all edges that leave it.
 template <typename P>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_OF(P)
     settle_pools(Geometry g, int s, uint32_t live, bool training, const double* pooled,
                  const P* mean, const P* scale, P* coefficients) {
   const int average = int(blockIdx.y), channels = g.channels();
@@ -239,7 +239,7 @@ struct PoolGradient {
 };
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_OF(T)
     pool_gradient(const __grid_constant__ PoolGradient<T> call) {
   using A = Sum<T>;
   const Geometry& g = call.g;
@@ -280,7 +280,7 @@ struct BypassDots {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_OF(T)
     bypass_dots(const __grid_constant__ BypassDots<T> call) {
   using A = Sum<T>;
   const Geometry& g = call.g;
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename P>
-__global__ void __launch_bounds__(kThreads) settle_bypass(int chunks, const P* sums, P* to) {
+NAS_KERNEL_OF(P) settle_bypass(int chunks, const P* sums, P* to) {
   const int edge = int(blockIdx.y);
   if (threadIdx.x >= 32) return;
   const double total = chunk_sum(sums + int64_t(edge) * chunks, 1, chunks);
@@ -333,7 +333,7 @@ struct AddChunks {
 };
 
 template <typename P>
-__global__ void __launch_bounds__(kThreads) add_chunks(const __grid_constant__ AddChunks<P> call) {
+NAS_KERNEL_OF(P) add_chunks(const __grid_constant__ AddChunks<P> call) {
   const auto& job = call.job[blockIdx.y];
   const int i = int(blockIdx.x) * kThreads + int(threadIdx.x);
   if (i >= job.count) return;

@@ -29,16 +29,15 @@ constexpr int kStream = 1024;  // blocks of a launch that only passes over memor
 inline unsigned blocks_for(int64_t items) {
   return unsigned(smaller<int64_t>(divide_up(items, kThreads), kStream));
 }
-// The widest of the convolutions at hand, for which a launch plans its memory.
+// Numbers of the largest input of a tile among the convolutions of a launch.
 template <typename T>
-Steps widest_steps(const Inputs<T>& in, const Jobs& jobs) {
-  Steps widest{3, 1, 1};
+int64_t largest_input(const Inputs<T>& in, const Jobs& jobs, const Tiling& t) {
+  int64_t numbers = 0;
   for (int i = 0; i < jobs.count; ++i) {
     const Steps steps = in.steps(jobs.edge[i], jobs.convolution[i]);
-    widest = {larger(widest.size, steps.size), larger(widest.dilation, steps.dilation),
-              larger(widest.stride, steps.stride)};
+    numbers = larger(numbers, steps.region(t).numbers(t.images));
   }
-  return widest;
+  return numbers;
 }
 // How the nodes' planes are cut for convolutions; `bytes` is what a tiling needs.
 template <typename Bytes>
@@ -171,15 +170,15 @@ class Forward {
     Convolve<T> work;
     work.in = inputs();
     work.jobs = jobs;
-    work.widest = widest_steps(work.in, jobs);
     work.to = kept_;
     work.moments = moments();
     const auto bytes = [&](const Tiling& t) {
       Arena arena(nullptr);
-      ConvolveMemory<P>::take(arena, t, work.widest, g_.channels(), V);
+      ConvolveMemory<P>::take(arena, t, largest_input(work.in, jobs, t), g_.channels(), V);
       return arena.used();
     };
     work.tiling = plan_nodes(g_, bytes);
+    work.input = largest_input(work.in, jobs, work.tiling);
     const int chunks = chunks_for(work.tiling.tiles(), jobs.count);
     launch(convolve<T, V>, {unsigned(chunks), unsigned(jobs.count), 1}, bytes(work.tiling), stream_,
            work);

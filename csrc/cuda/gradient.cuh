@@ -33,7 +33,7 @@ struct ConvolutionGradient {
   Inputs<T> in;
   Jobs jobs;
   Tiling tiling;
-  Steps widest;
+  int64_t input;               // numbers of the largest input of a tile
   const Sum<T>* coefficients;  // [edge][convolution][3][channels]
   const Sum<T>* node;          // the node's gradient
   const Sum<T>* between;       // gradients between two convolutions, [edge's source][3 or 5]
@@ -55,12 +55,11 @@ template <typename A>
 struct GradientMemory {
   A *scratch, *depthwise, *gradient, *staged;
 
-  NAS_BOTH static GradientMemory take(Arena& arena, const Tiling& t, const Steps& widest,
-                                      int channels, bool matrices) {
+  NAS_BOTH static GradientMemory take(Arena& arena, const Tiling& t, int64_t input, int channels,
+                                      bool matrices) {
     const int64_t tile = int64_t(t.pixels()) * row_pitch(channels);
-    const int64_t input = matrices ? widest.region(t).numbers(t.images) : 0;
     GradientMemory memory;
-    memory.scratch = arena.take<A>(larger(larger(input, tile), int64_t(matrices ? kOuter : 0)));
+    memory.scratch = arena.take<A>(matrices ? larger(larger(input, tile), int64_t(kOuter)) : tile);
     memory.depthwise = arena.take<A>(matrices ? tile : 0);
     memory.gradient = arena.take<A>(tile);
     memory.staged = arena.take<A>(kDepth * round_up(channels, 4));
@@ -70,14 +69,14 @@ struct GradientMemory {
 
 // Through the pointwise part.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_ALONE
     pointwise_gradient(const __grid_constant__ ConvolutionGradient<T> call) {
   using A = Sum<T>;
   const Tiling& t = call.tiling;
   const int channels = call.in.g.channels(), pitch = row_pitch(channels);
   const int edge = call.jobs.edge[blockIdx.y], convolution = call.jobs.convolution[blockIdx.y];
   Arena arena(shared_memory());
-  const auto memory = GradientMemory<A>::take(arena, t, call.widest, channels, call.matrices);
+  const auto memory = GradientMemory<A>::take(arena, t, call.input, channels, call.matrices);
   const A* matrix = call.in.weights + matrix_at(call.in.g, edge, convolution);
   const Plane<const T> outputs = call.in.plane(edge, convolution);
   const A* gradients = call.gradient_of(edge, convolution);
@@ -135,7 +134,6 @@ struct DepthwiseGradient {
   uint8_t first[2 * kSources], last[2 * kSources];  // the jobs that a block takes one after another
   Jobs jobs;
   Tiling tiling;                      // of the input
-  int halo;                           // of the widest job
   const Sum<T>* depthwise;            // [job]: what pointwise_gradient gave
   Sum<T>* to;                         // [source]: added to; or [source][3 or 5]: written
   bool second;                        // the jobs are second convolutions
@@ -176,8 +174,14 @@ NAS_DEVICE void depthwise_gradient_block(const A* from, int row, int column,
   constexpr int kPadding = kSize / 2 * kDilation, kHalo = (kPadding + kStride - 1) / kStride;
   constexpr int kSpan = kSide / kStride + 2 * kHalo;
   NAS_UNROLL for (int r = 0; r < kSpan; ++r) {
+    NAS_KEEP_ORDER;
     A in[kSpan];
-    NAS_UNROLL for (int c = 0; c < kSpan; ++c) in[c] = from[r * row + c * column];
+    const A* at = from;
+    NAS_UNROLL for (int c = 0; c < kSpan; ++c) {
+      in[c] = *at;
+      at += column;
+    }
+    from += row;
     NAS_UNROLL for (int i = 0; i < kSide; ++i) {
       // output r is the one that tap k of input i belongs to: i + padding - k dilation = stride out
       const int distance = i + kPadding - (r - kHalo) * kStride;
@@ -316,7 +320,7 @@ NAS_DEVICE void depthwise_gradient_job(const DepthwiseGradient<T>& call, int job
 }
 
 template <typename T, int V, bool kTaps>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_ALONE
     depthwise_gradient(const __grid_constant__ DepthwiseGradient<T> call) {
   auto* memory = reinterpret_cast<Sum<T>*>(shared_memory());
   const int channels = call.in.g.channels();

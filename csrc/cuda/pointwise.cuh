@@ -80,7 +80,7 @@ struct PointwiseForward {
 };
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_OF(T)
     pointwise(const __grid_constant__ PointwiseForward<T> call) {
   using A = Sum<T>;
   const Pointwise<T>& job = call.job[blockIdx.y];
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Normalises the two preprocessed inputs in place.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_OF(T)
     normalise_states(Geometry g, T* states, const Sum<T>* mean, const Sum<T>* scale) {
   const int channels = int(g.shape.channels), across = channels / V;
   const int64_t count = g.input_pixels() * across, at = blockIdx.y * int64_t(channels);

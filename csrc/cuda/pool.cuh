@@ -28,7 +28,7 @@ struct Pools {
 };
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) pool(const __grid_constant__ Pools<T> call) {
+NAS_KERNEL_OF(T) pool(const __grid_constant__ Pools<T> call) {
   using A = Sum<T>;
   const Geometry& g = call.g;
   const int s = call.source[blockIdx.y], channels = g.channels(), stride = g.stride(s);

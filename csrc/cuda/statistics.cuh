@@ -72,7 +72,7 @@ NAS_DEVICE double warp_sum(double x) {
 
 // Mean and reciprocal deviation from moments, a warp a channel.
 template <typename P>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_OF(P)
     settle_moments(const __grid_constant__ Settles settles, const P* moments, P* mean,
                    P* reciprocal_deviation, P* variance) {
   const Settle job = settles.job[blockIdx.y];
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // What is not computed, or not normalised by the batch, keeps the running statistics.
 template <typename P>
-__global__ void __launch_bounds__(kThreads)
+NAS_KERNEL_OF(P)
     keep_running(int64_t count, const P* running_mean, const P* running_variance, P* mean,
                  P* reciprocal_deviation, P* variance) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;

@@ -121,8 +121,14 @@ NAS_DEVICE void depthwise_block(const A* from, int row, int column,
                                 const A (&taps)[kSize * kSize], A (&sum)[kSide][kSide]) {
   constexpr int kSpan = (kSide - 1) * kStep + kSize;
   NAS_UNROLL for (int r = 0; r < kSpan; ++r) {
+    NAS_KEEP_ORDER;
     A in[kSpan];
-    NAS_UNROLL for (int c = 0; c < kSpan; ++c) in[c] = from[r * row + c * column];
+    const A* at = from;
+    NAS_UNROLL for (int c = 0; c < kSpan; ++c) {
+      in[c] = *at;
+      at += column;
+    }
+    from += row;
     NAS_UNROLL for (int i = 0; i < kSide; ++i) {
       const int tap = r - i * kStep;
       if (tap < 0 || tap >= kSize) continue;

@@ -106,7 +106,9 @@ def _shapes(
     images, _, height, width = previous.shape
     nodes = [(size + 1) // 2 if reduction else size for size in (height, width)]
     output = previous.new_empty(images, NODES * channels, *nodes)
-    kept = _kept_numbers(images * nodes[0] * nodes[1], images, channels // partial, reduction)
+    lanes = 1 if previous.device.type == "cuda" else 16
+    pixels = images * nodes[0] * nodes[1]
+    kept = _kept_numbers(pixels, images, channels // partial, reduction, lanes)
     return (
         output.to(memory_format=torch.channels_last),
         previous.new_empty(2, images, height, width, channels),
@@ -115,14 +117,13 @@ def _shapes(
     )
 
 
-def _kept_numbers(pixels: int, images: int, channels: int, reduction: bool) -> int:
+def _kept_numbers(pixels: int, images: int, channels: int, reduction: bool, lanes: int) -> int:
     """Size of what a forward pass keeps (csrc/cpu/edge.h, Kept): planes of all convolutions.
 
-    Sixteen channels of an image lie together, or with fewer channels, those of several images
-    (csrc/cpu/layout.h, Layout).
+    ``lanes`` channels of an image lie together, or with fewer channels, those of several images
+    (csrc/cpu/layout.h, Layout). A GPU has no such lanes: 1.
     """
     convolutions = 6 * len(EDGES) + (len(REDUCING) if reduction else 0)
-    lanes = 16
     if channels >= lanes:
         return convolutions * pixels * lanes * -(-channels // lanes)
     together = lanes // (1 << (channels - 1).bit_length())
