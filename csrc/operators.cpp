@@ -39,12 +39,17 @@ struct Cpu {
     AT_DISPATCH_FLOATING_TYPES(type, "mixed_cell", [&] { f(scalar_t(), scalar_t()); });
   }
   static int64_t kept_numbers(const CellShape& shape) { return kernels().kept_numbers(shape); }
-  // Memory for what the backward pass reads again; it goes back to its pool with the tensor.
-  static Tensor make_kept(const CellShape& shape, const at::TensorOptions& options) {
-    const int64_t numbers = kept_numbers(shape);
-    const int64_t bytes = numbers * static_cast<int64_t>(options.dtype().itemsize());
-    return at::from_blob(
-        borrow(bytes), {numbers}, [bytes](void* piece) { give_back(piece, bytes); }, options);
+  // A tensor in memory that is used again: it goes back to its pool with the tensor. Fresh pages,
+  // which an ordinary tensor of this size may get at every call, cost as much as a convolution.
+  static Tensor make(at::IntArrayRef sizes, const at::TensorOptions& options,
+                     at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+    const int64_t bytes = c10::multiply_integers(sizes) * int64_t(options.dtype().itemsize());
+    const auto release = [bytes](void* piece) { give_back(piece, bytes); };
+    if (format == at::MemoryFormat::Contiguous) {
+      return at::from_blob(borrow(bytes), sizes, release, options);
+    }
+    return at::from_blob(borrow(bytes), sizes, c10::get_channels_last_strides_2d(sizes), release,
+                         options);
   }
   static void run(const CellForward<float>& call, const Tensor&) {
     run(call, kernels().forward_float, false);

@@ -3,7 +3,8 @@
 //
 // `Device` has: image_type(previous, weights), the type that images must have; kTypeOwner, the
 // argument that says so; dispatch(type, f), which calls f with one image's and one parameter's
-// number; kept_numbers(shape), make_kept(shape, options) and run(call, weights).
+// number; kept_numbers(shape), make(sizes, options, format), which gives large tensors their memory,
+// and run(call, weights).
 
 #pragma once
 
@@ -125,13 +126,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell(
               shape.images, " image whose nodes have ", shape.node_height(), " x ",
               shape.node_width(), " pixels");
   Tensor output =
-      at::empty({shape.images, kNodes * channels, shape.node_height(), shape.node_width()},
-                previous.options(), at::MemoryFormat::ChannelsLast);
+      Device::make({shape.images, kNodes * channels, shape.node_height(), shape.node_width()},
+                   previous.options(), at::MemoryFormat::ChannelsLast);
   Tensor states =
-      at::empty({2, shape.images, shape.height, shape.width, channels}, previous.options());
+      Device::make({2, shape.images, shape.height, shape.width, channels}, previous.options());
   Tensor mean = at::empty_like(running_mean), deviation = at::empty_like(running_mean),
          variance = at::empty_like(running_mean);
-  Tensor kept = keep ? Device::make_kept(shape, previous.options())
+  Tensor kept = keep ? Device::make({Device::kept_numbers(shape)}, previous.options())
                      : at::empty({0}, previous.options());
   Device::dispatch(previous.scalar_type(), [&](auto image, auto parameter) {
     using T = decltype(image);
@@ -183,8 +184,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell_backward(
   const auto make = [](const Tensor& like, bool needed) {
     return needed ? at::empty_like(like) : at::empty({0}, like.options());
   };
-  Tensor before_gradient = make(before, need_before),
-         previous_gradient = make(previous, need_previous);
+  const auto make_images = [&](const Tensor& like, bool needed) {
+    return needed ? Device::make(like.sizes(), like.options(), at::MemoryFormat::ChannelsLast)
+                  : make(like, false);
+  };
+  Tensor before_gradient = make_images(before, need_before),
+         previous_gradient = make_images(previous, need_previous);
   Tensor weights_gradient = make(weights, need_weights);
   Tensor operations_gradient = make(operations, need_mixing),
          bypass_gradient = make(bypass, need_mixing);

@@ -198,7 +198,8 @@ def _keep(
     skeleton = Skeleton("cifar", config.supernet.channels, config.supernet.cells)
     architecture = DartsSpace().from_genotype(result.genotype, skeleton)
     origin = {"method": method.name, "source": task.name, "source_digest": task.digest}
-    about = {**origin, "classes": list(task.classes), "seed": seed}
+    scale = {"mean": list(task.mean), "std": list(task.std)}
+    about = {**origin, "classes": list(task.classes), "seed": seed, **scale}
     save_supernet(step.directory / SUPERNET_FILE, result.supernet, about)
     step.log.log_json(result.genotype.to_json(), GENOTYPE_FILE)
     step.log.log_json(architecture.to_json(), ARCHITECTURE_FILE)

@@ -29,8 +29,9 @@ struct TorchDevice {
     }
   }
   static int64_t kept_numbers(const CellShape& shape) { return cuda::kept_numbers(shape); }
-  static at::Tensor make_kept(const CellShape& shape, const at::TensorOptions& options) {
-    return at::empty({kept_numbers(shape)}, options);
+  static at::Tensor make(at::IntArrayRef sizes, const at::TensorOptions& options,
+                         at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+    return at::empty(sizes, options, format);
   }
   // The workspace goes back to PyTorch's allocator, which hands it out again in stream order.
   template <typename Call>

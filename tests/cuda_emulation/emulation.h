@@ -99,7 +99,8 @@ class Machine {
     return machine;
   }
 
-  EMULATION_QUIET void launch(dim3 grid, dim3 block, std::size_t shared, const std::function<void()>& kernel) {
+  EMULATION_QUIET void launch(dim3 grid, dim3 block, std::size_t shared,
+                              const std::function<void()>& kernel) {
     if (block.y != 1 || block.z != 1 || block.x > 1024) throw std::runtime_error("block too large");
     if (shared > 99 << 10) throw std::runtime_error("more shared memory than every sm_80 has");
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) throw std::runtime_error("empty grid");
@@ -114,6 +115,8 @@ class Machine {
         }
       }
     }
+    acquire(&end_);
+    shared_memory_.clear();
   }
 
   EMULATION_QUIET const dim3& grid() const { return grid_; }
@@ -148,24 +151,25 @@ class Machine {
   };
 
   EMULATION_QUIET void run_block(std::size_t shared) {
-    std::unique_ptr<char[]> memory(new char[shared ? shared : 1]);
-    std::memset(memory.get(), 0xff, shared);
-    shared_ = memory.get();
+    // until the launch ends: the thread sanitizer knows of no order between blocks
+    shared_memory_.emplace_back(new char[shared ? shared : 1]);
+    shared_ = shared_memory_.back().get();
+    std::memset(shared_, 0xff, shared);
+    second_ = !second_;
+    auto& fibers = fibers_[second_];
     ended_ = 0;
     block_barrier_ = {};
     warps_.assign((block_.x + kWarp - 1) / kWarp, {});
-    while (fibers_.size() < block_.x) fibers_.push_back(std::make_unique<Fiber>());
-    for (unsigned x = 0; x < block_.x; ++x) start(*fibers_[x], x);
+    while (fibers.size() < block_.x) fibers.push_back(std::make_unique<Fiber>());
+    for (unsigned x = 0; x < block_.x; ++x) start(*fibers[x], x);
     for (unsigned left = block_.x; left;) {
       const unsigned before = left;
       moved_ = false;
       for (unsigned x = 0; x < block_.x; ++x) {
-        Fiber& fiber = *fibers_[x];
+        Fiber& fiber = *fibers[x];
         if (fiber.done) continue;
         enter(fiber);
-        if (!fiber.done) continue;
-        finish(fiber);
-        --left;
+        left -= fiber.done;
       }
       if (left == before && !moved_) throw std::runtime_error("threads of a block wait forever");
     }
@@ -188,7 +192,7 @@ class Machine {
     machine.entered(nullptr);
     machine.acquire(&machine);
     (*machine.kernel_)();
-    machine.release(&machine);
+    machine.release(&machine.end_);
     machine.current_->done = true;
     ++machine.ended_;
     machine.leave();
@@ -199,17 +203,10 @@ class Machine {
     fiber.index = {x, 0, 0};
     prepare(fiber.context, fiber.stack.get(), run_fiber);
 #if defined(__SANITIZE_THREAD__)
-    fiber.sanitizer = __tsan_create_fiber(0);
+    if (!fiber.sanitizer) fiber.sanitizer = __tsan_create_fiber(0);
     main_ = __tsan_get_current_fiber();
 #endif
     release(this);
-  }
-  EMULATION_QUIET void finish(Fiber& fiber) {
-    acquire(this);
-#if defined(__SANITIZE_THREAD__)
-    __tsan_destroy_fiber(fiber.sanitizer);
-#endif
-    (void)fiber;
   }
 
   EMULATION_QUIET void enter(Fiber& fiber) {
@@ -261,7 +258,8 @@ class Machine {
 
   dim3 grid_, block_, block_index_;
   const std::function<void()>* kernel_ = nullptr;
-  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<std::unique_ptr<Fiber>> fibers_[2];  // of two blocks in turn: others than before
+  bool second_ = false;
   std::vector<Warp> warps_;
   Barrier block_barrier_;
   Fiber* current_ = nullptr;
@@ -270,6 +268,8 @@ class Machine {
   std::size_t main_size_ = 0;
   void* main_ = nullptr;
   char* shared_ = nullptr;
+  std::vector<std::unique_ptr<char[]>> shared_memory_;
+  char end_ = 0;  // known by its address: where all threads of a launch have ended
   unsigned ended_ = 0;
   bool moved_ = false;
 };

@@ -96,17 +96,15 @@ void run_both(const CellShape& s, bool training, double share, bool gradients) {
 int main() {
   // images, height, width, before's height and width, its channels, previous', channels, partial
   const CellShape shapes[] = {
-      {3, 5, 6, 5, 6, 3, 5, 3, 1, false, false},     {2, 9, 8, 17, 16, 8, 4, 8, 1, true, true},
-      {3, 7, 5, 7, 5, 4, 8, 16, 4, true, false},     {2, 6, 6, 12, 11, 3, 2, 6, 2, false, true},
-      {1, 18, 19, 18, 19, 16, 4, 16, 1, false, false}, {5, 2, 3, 2, 3, 40, 4, 36, 1, true, false},
-      {2, 1, 2, 1, 3, 2, 2, 2, 1, false, true},      {2, 5, 5, 5, 5, 4, 4, 132, 1, false, false},
+      {3, 5, 6, 5, 6, 3, 5, 3, 1, false, false}, {2, 9, 8, 17, 16, 8, 4, 8, 1, true, true},
+      {3, 7, 5, 7, 5, 4, 8, 16, 4, true, false}, {2, 6, 6, 12, 11, 3, 2, 6, 2, false, true},
+      {1, 18, 3, 18, 3, 16, 4, 16, 1, false, false}, {1, 2, 3, 2, 3, 4, 4, 132, 1, true, false},
+      {2, 1, 2, 1, 3, 2, 2, 2, 1, false, true},
   };
   int calls = 0;
   for (const CellShape& shape : shapes) {
-    for (const double share : {1.0, 0.3}) {
-      run_both(shape, share == 1.0, share, calls % 3 != 1);
-      ++calls;
-    }
+    run_both(shape, calls % 2 == 0, calls % 3 == 2 ? 0.3 : 1.0, calls % 4 != 3);
+    ++calls;
   }
   std::printf("%d calls of either direction\n", calls);
 }
