@@ -51,6 +51,10 @@ def call_operator(
 ) -> Tensor:
     """:func:`mixed_cell` by any operator with its schema."""
     channels_last = torch.channels_last
+    device = weights.device.type
+    if device != "cpu" and torch.is_autocast_enabled(device):  # the parameters stay as they are
+        narrow = torch.get_autocast_dtype(device)
+        before_previous, previous = before_previous.to(narrow), previous.to(narrow)
     keep = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad
         for x in (before_previous, previous, weights, operations, edges)

@@ -19,7 +19,8 @@ from nas.data import Augmentation, Batch, Batches, ImageTask, halves
 from nas.hardware import peak_memory_mb
 from nas.loop import ResumableLoop
 from nas.observer import EpochRecord, Observer
-from nas.ops.backend import AUTO
+from nas.errors import ConfigurationError
+from nas.ops.backend import AUTO, NATIVE
 from nas.optimisation import (
     copy_tensors,
     cosine,
@@ -31,6 +32,7 @@ from nas.optimisation import (
 )
 from nas.search.collapse import collapse_metrics
 from nas.search.method import Method, SearchConfig
+from nas.search.replay import Capture, Replayed, capture_graph
 from nas.spaces import find_space
 from nas.spaces.darts.genotype import Genotype
 from nas.spaces.darts.supernet import Mixing, Supernet
@@ -63,6 +65,10 @@ class BilevelSearch(ResumableLoop[Pair]):
     """One search: a supernet, its two optimisers and the two halves of the data.
 
     A pure function of (task, space, method, config, seed).
+
+    Args:
+        cuda_graphs: "auto" captures both steps as CUDA graphs where the search runs on a GPU with
+            native kernels and its method allows it; "off" never does.
     """
 
     phase = "search"
@@ -78,6 +84,7 @@ class BilevelSearch(ResumableLoop[Pair]):
         workers: int = 0,
         space: str = "darts",
         backend: str = AUTO,
+        cuda_graphs: str = "off",
     ) -> None:
         self.method = method
         self.config = config
@@ -98,7 +105,15 @@ class BilevelSearch(ResumableLoop[Pair]):
             lr=config.architecture_learning_rate,
             betas=(0.5, 0.999),
             weight_decay=config.architecture_weight_decay,
+            capturable=device.type == "cuda",
         )
+        self.weights_replayed: Replayed | None = None
+        self.architecture_replayed: Replayed | None = None
+        if cuda_graphs not in ("auto", "off"):
+            raise ConfigurationError(f"cuda_graphs is 'auto' or 'off', not '{cuda_graphs}'")
+        native = device.type == "cuda" and self.supernet.backend.name == NATIVE
+        if cuda_graphs == "auto" and native and method.capturable:
+            self.capture_steps()
         self.mixing_history: list[Tensor] = []
         self._make_batches(task, seed, workers)
         super().__init__(
@@ -164,23 +179,55 @@ class BilevelSearch(ResumableLoop[Pair]):
         self.weight_step(train)
         return train.labels.numel() + validation.labels.numel()
 
+    def capture_steps(self, capture: Capture = capture_graph) -> None:
+        """Replay both steps from captures from now on.
+
+        Another batch size, learning rate or set of active operations captures anew.
+        """
+        self.weights_replayed = Replayed(self._move_weights, capture)
+        self.architecture_replayed = Replayed(self._move_architecture, capture)
+
     def architecture_step(self, train: Batch, validation: Batch) -> None:
         """Move the architecture parameters; no gradient of the weights is asked for."""
+        inputs = (train.images, train.labels, validation.images, validation.labels)
+        if self.architecture_replayed is None:
+            self._move_architecture(*inputs)
+        else:
+            self.architecture_replayed(self._kind(self.method.mixing(self.supernet)), *inputs)
+
+    def weight_step(self, train: Batch) -> None:
+        """Move the weights; no gradient of the architecture parameters is asked for."""
+        if self.weights_replayed is None:
+            loss, scores = self._move_weights(train.images, train.labels)
+        else:
+            kind = self._kind(self.method.weight_mixing(self))
+            loss, scores = self.weights_replayed(kind, train.images, train.labels)
+        self.meter.add(loss, scores, train.labels)
+
+    def _kind(self, mixing: Mixing) -> tuple[float, bytes | None]:
+        """What a capture has in it beside tensors."""
+        active = mixing.active
+        return self.learning_rate, None if active is None else active.numpy().tobytes()
+
+    def _move_architecture(
+        self, images: Tensor, labels: Tensor, other_images: Tensor, other_labels: Tensor
+    ) -> tuple[Tensor, ...]:
         parameters = self.supernet.architecture_parameters()
+        train, validation = Batch(images, labels), Batch(other_images, other_labels)
         gradients = self.method.architecture_gradients(self, train, validation)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         self.architecture_optimiser.step()
+        return ()
 
-    def weight_step(self, train: Batch) -> None:
-        """Move the weights; no gradient of the architecture parameters is asked for."""
+    def _move_weights(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         weights = self.supernet.weights
-        scores = self._scores(train, self.method.weight_mixing(self).detach())
-        loss = F.cross_entropy(scores, train.labels)
+        scores = self._scores(Batch(images, labels), self.method.weight_mixing(self).detach())
+        loss = F.cross_entropy(scores, labels)
         (weights.grad,) = torch.autograd.grad(loss, [weights])
         torch.nn.utils.clip_grad_norm_([weights], self.config.gradient_clip)
         self.weight_optimiser.step()
-        self.meter.add(loss, scores, train.labels)
+        return loss.detach(), scores.detach()
 
     def accuracy(
         self, mixing: Mixing, observer: Observer | None = None, part: int = 0

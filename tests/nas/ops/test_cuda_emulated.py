@@ -100,9 +100,7 @@ def test_cuda_gradients_that_nobody_asks_for_are_not_computed(
 ) -> None:
     """And the others have the same bits as if all were."""
     call = draw_call(PARTIAL, 3, training=training, edges=True)
-    whole, part = (
-        run(emulated_cells.mixed_cell, call, needed=names) for names in (INPUTS, needed)
-    )
+    whole, part = (run(emulated_cells.mixed_cell, call, needed=names) for names in (INPUTS, needed))
     assert set(part) & set(INPUTS) == set(needed)
     assert all(torch.equal(part[name], whole[name]) for name in part)
 
