@@ -12,10 +12,10 @@ SOURCES := nas pipeline tests benchmarks setup.py
 SANITIZED := NAS_TRANSFER_SANITIZE=1 TORCH_EXTENSIONS_DIR=build/sanitize
 
 .DEFAULT_GOAL := help
-.PHONY: help setup transfer test lint sanitize bench ui upgrade clean
+.PHONY: help setup transfer test lint sanitize bench gpu-check ui upgrade clean
 
 help:  ## say what can be made
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(READY) $(NATIVE)  ## make the virtual environment, compile the kernels
 
@@ -55,6 +55,9 @@ sanitize: $(READY)  ## run the kernel tests under the address and undefined-beha
 
 bench: setup  ## time the supernet's search step (ARGUMENTS="--peers PATH --json FILE")
 	$(BIN)/python -m benchmarks.supernet_step $(ARGUMENTS)
+
+gpu-check:  ## build, test and time the kernels on a GPU, with the python that PYTHON names
+	FORCE_CUDA=1 PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_check $(ARGUMENTS)
 
 ui: $(READY)  ## open the MLflow UI on the local store
 	$(BIN)/mlflow ui

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nas.data import Augmentation, Batch, Batches, ImageTask, halves
+from nas.errors import ConfigurationError
 from nas.hardware import peak_memory_mb
 from nas.loop import ResumableLoop
 from nas.observer import EpochRecord, Observer
-from nas.errors import ConfigurationError
 from nas.ops.backend import AUTO, NATIVE
 from nas.optimisation import (
     copy_tensors,

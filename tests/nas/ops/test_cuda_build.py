@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.cuda_registers import HOT, Kernel, compile_kernels, parse
 
+from benchmarks.cuda_registers import HOT, Kernel, compile_kernels, parse
 from nas.ops import toolchain
 
 REPORT = """
