@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels: registers, static stack and spills of each, per architecture.
+"""What nvcc makes of the CUDA kernels: registers, stack and spills of each, by architecture.
 
     python -m benchmarks.cuda_registers [--architectures 80 90] [--kinds float]
 
