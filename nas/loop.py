@@ -125,6 +125,10 @@ class ResumableLoop(ABC, Generic[Item]):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`tensors` gave."""
 
+    def is_done(self) -> bool:
+        """Whether no epoch is left; a function of what the checkpoint holds."""
+        return self.epoch >= self.epochs
+
     def run_epochs(self, checkpoint: Path | None, observer: Observer) -> None:
         """Run to the end, from ``checkpoint`` where that file exists.
 
@@ -139,7 +143,7 @@ class ResumableLoop(ABC, Generic[Item]):
             self.watch, self.epoch_watch = Stopwatch(), Stopwatch()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        while self.epoch < self.epochs:
+        while not self.is_done():
             self._run_epoch(checkpoint, observer)
             record = EpochRecord(self.epoch, self.summarise(observer))
             self.records.append(record)

@@ -7,9 +7,12 @@ parameters go down the validation gradient, then the weights go down the trainin
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +34,7 @@ from nas.optimisation import (
 )
 from nas.search.collapse import collapse_metrics
 from nas.search.method import Method, SearchConfig
+from nas.search.stopping import AGE, Stop
 from nas.spaces import find_space
 from nas.spaces.darts.genotype import Genotype
 from nas.spaces.darts.supernet import Mixing, Supernet
@@ -38,6 +42,16 @@ from nas.spaces.darts.supernet import Mixing, Supernet
 VALIDATIONS = 2  # an epoch: the mixed supernet's, and that of its discretised form
 
 Pair = tuple[Batch, Batch]  # a batch of the training half, one of the validation half
+
+
+class Start(Protocol):
+    """What a search begins with instead of the weights of its seed."""
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-able: what tells this beginning from others."""
+
+    def apply(self, target: Supernet) -> None:
+        """Overwrite what the fresh ``target`` is to begin with."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,7 @@ class SearchResult:
         records: the metrics of each epoch.
         mixing_history: mixing weights after each epoch, [epochs, 2, 14, 8].
         seconds: time spent, including that of earlier, killed processes.
+        stopped: why it ended before its last epoch; None where it did not.
     """
 
     genotype: Genotype
@@ -57,12 +72,13 @@ class SearchResult:
     records: Sequence[EpochRecord]
     mixing_history: Tensor
     seconds: float
+    stopped: Stop | None
 
 
 class BilevelSearch(ResumableLoop[Pair]):
     """One search: a supernet, its two optimisers and the two halves of the data.
 
-    A pure function of (task, space, method, config, seed).
+    A pure function of (task, space, method, config, seed, start).
     """
 
     phase = "search"
@@ -78,15 +94,17 @@ class BilevelSearch(ResumableLoop[Pair]):
         workers: int = 0,
         space: str = "darts",
         backend: str = AUTO,
+        start: Start | None = None,
     ) -> None:
         self.method = method
         self.config = config
         self.device = device
-        self.supernet = (
-            find_space(space)
-            .supernet(task.shape, config.supernet, seed=seed, backend=backend)
-            .to(device)
+        supernet = find_space(space).supernet(
+            task.shape, config.supernet, seed=seed, backend=backend
         )
+        if start is not None:
+            start.apply(supernet)
+        self.supernet = supernet.to(device)
         self.weight_optimiser = torch.optim.SGD(
             [self.supernet.weights],
             lr=config.learning_rate,
@@ -100,6 +118,7 @@ class BilevelSearch(ResumableLoop[Pair]):
             weight_decay=config.architecture_weight_decay,
         )
         self.mixing_history: list[Tensor] = []
+        self.genotype_digest = torch.zeros(32, dtype=torch.uint8)  # of the epoch before
         self._make_batches(task, seed, workers)
         super().__init__(
             device,
@@ -112,6 +131,7 @@ class BilevelSearch(ResumableLoop[Pair]):
                 "config": asdict(config),
                 "seed": seed,
                 "backend": self.supernet.backend.name,
+                "start": start.identity() if start is not None else None,
             },
         )
 
@@ -131,7 +151,17 @@ class BilevelSearch(ResumableLoop[Pair]):
             self.records,
             torch.stack(self.mixing_history),
             self.watch.seconds,
+            self.stop,
         )
+
+    @property
+    def stop(self) -> Stop | None:
+        """Why this search has ended early, from what it has recorded; None where it goes on."""
+        return self.config.stopping.judge(self.records[self.config.warmup_epochs :])
+
+    def is_done(self) -> bool:
+        """After the last epoch, or where a rule of ``config.stopping`` says so."""
+        return super().is_done() or self.stop is not None
 
     def loss(
         self,
@@ -269,6 +299,7 @@ class BilevelSearch(ResumableLoop[Pair]):
             "supernet/discretised_accuracy": discretised,
             "supernet/discretised_gap": validation_accuracy - discretised,
             **collapse,
+            AGE: self._age(genotype),
             "lr": self.learning_rate,
             "images_per_second": 2 * self.meter.images / training_seconds,
             "epoch_seconds": self.epoch_watch.seconds,
@@ -277,14 +308,23 @@ class BilevelSearch(ResumableLoop[Pair]):
         self.method.between_epochs(self, self.epoch)
         return metrics
 
+    def _age(self, genotype: Genotype) -> float:
+        """Epochs for which the derived cells have not changed since the alphas began to learn."""
+        text = json.dumps(genotype.to_json(), sort_keys=True)
+        digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+        is_same = self.epoch > self.config.warmup_epochs and digest.equal(self.genotype_digest)
+        self.genotype_digest = digest
+        return self.records[-1].metrics[AGE] + 1 if is_same else 0.0
+
     def tensors(self) -> dict[str, Tensor]:
-        """Supernet, optimisers and the mixing weights of the epochs so far."""
+        """Supernet, optimisers, the cells and the mixing weights of the epochs so far."""
         history = self.mixing_history
         return {
             **with_prefix("supernet", self.supernet.state_dict()),
             **pack_optimiser("weight_optimiser", self.weight_optimiser),
             **pack_optimiser("architecture_optimiser", self.architecture_optimiser),
             "mixing_history": torch.stack(history) if history else torch.empty(0),
+            "genotype_digest": self.genotype_digest,
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -293,3 +333,4 @@ class BilevelSearch(ResumableLoop[Pair]):
         restore_optimiser("weight_optimiser", self.weight_optimiser, tensors)
         restore_optimiser("architecture_optimiser", self.architecture_optimiser, tensors)
         self.mixing_history = list(tensors["mixing_history"])
+        self.genotype_digest = tensors["genotype_digest"]

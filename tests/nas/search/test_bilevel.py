@@ -214,7 +214,7 @@ def test_records_and_events(few_digits: ImageTask) -> None:
             "supernet/train_loss", "supernet/train_accuracy", "supernet/val_loss",
             "supernet/val_accuracy", "supernet/discretised_accuracy", "supernet/discretised_gap",
             "alpha/entropy_normal", "alpha/entropy_reduce", "skip/normal", "skip/reduce", "lr",
-            "images_per_second", "epoch_seconds", "peak_memory_mb",
+            "genotype/age", "images_per_second", "epoch_seconds", "peak_memory_mb",
         }  # fmt: skip
         assert all(math.isfinite(value) for value in metrics.values())
         gap = metrics["supernet/val_accuracy"] - metrics["supernet/discretised_accuracy"]
