@@ -12,13 +12,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nas.data import Augmentation, Batch, Batches, ImageTask, halves
+from nas.data import Batch, ImageTask
 from nas.hardware import peak_memory_mb
 from nas.loop import ResumableLoop
 from nas.observer import EpochRecord, Observer
@@ -34,14 +35,13 @@ from nas.optimisation import (
 )
 from nas.search.collapse import collapse_metrics
 from nas.search.method import Method, SearchConfig
+from nas.search.sources import SQUARE_ROOT, Pair, Sources
 from nas.search.stopping import AGE, Stop
 from nas.spaces import find_space
 from nas.spaces.darts.genotype import Genotype
 from nas.spaces.darts.supernet import Mixing, Supernet
 
 VALIDATIONS = 2  # an epoch: the mixed supernet's, and that of its discretised form
-
-Pair = tuple[Batch, Batch]  # a batch of the training half, one of the validation half
 
 
 class Start(Protocol):
@@ -78,14 +78,20 @@ class SearchResult:
 class BilevelSearch(ResumableLoop[Pair]):
     """One search: a supernet, its two optimisers and the two halves of the data.
 
-    A pure function of (task, space, method, config, seed, start).
+    A pure function of (tasks, sampling, space, method, config, seed, start).
+
+    Args:
+        task: a data set, or several for one supernet; see :mod:`nas.search.sources`.
+        start: what to begin with instead of the weights of ``seed``.
+        sampling: of several sets, how a step chooses one: "sqrt" by the root of their sizes, or
+            "uniform".
     """
 
     phase = "search"
 
     def __init__(
         self,
-        task: ImageTask,
+        task: ImageTask | Sequence[ImageTask],
         method: Method,
         config: SearchConfig,
         *,
@@ -95,12 +101,15 @@ class BilevelSearch(ResumableLoop[Pair]):
         space: str = "darts",
         backend: str = AUTO,
         start: Start | None = None,
+        sampling: str = SQUARE_ROOT,
     ) -> None:
+        tasks = [task] if isinstance(task, ImageTask) else list(task)
         self.method = method
         self.config = config
         self.device = device
+        self.sources = Sources(tasks, config, sampling, seed=seed, device=device, workers=workers)
         supernet = find_space(space).supernet(
-            task.shape, config.supernet, seed=seed, backend=backend
+            self.sources.shape, config.supernet, seed=seed, backend=backend
         )
         if start is not None:
             start.apply(supernet)
@@ -119,13 +128,13 @@ class BilevelSearch(ResumableLoop[Pair]):
         )
         self.mixing_history: list[Tensor] = []
         self.genotype_digest = torch.zeros(32, dtype=torch.uint8)  # of the epoch before
-        self._make_batches(task, seed, workers)
         super().__init__(
             device,
             config.epochs,
-            min(len(self.train_batches), len(self.validation_batches)),
+            self.sources.steps,
             {
-                "task": task.digest,
+                "tasks": [task.digest for task in tasks],
+                "sampling": sampling,
                 "space": space,
                 "method": method.name,
                 "config": asdict(config),
@@ -180,11 +189,7 @@ class BilevelSearch(ResumableLoop[Pair]):
         """Pairs of a training and a validation batch."""
         set_learning_rate(self.weight_optimiser, self.learning_rate)
         self.supernet.train()
-        return zip(
-            self.train_batches.epoch(self.epoch, self.batch),
-            self.validation_batches.epoch(self.epoch, self.batch),
-            strict=False,
-        )
+        return self.sources.pairs(self.epoch, self.batch)
 
     def step(self, item: Pair) -> int:
         """The architecture step, unless it is still frozen, and the weight step."""
@@ -214,25 +219,34 @@ class BilevelSearch(ResumableLoop[Pair]):
 
     def accuracy(
         self, mixing: Mixing, observer: Observer | None = None, part: int = 0
-    ) -> tuple[float, float]:
-        """Loss and accuracy of the supernet under ``mixing`` on the validation half.
+    ) -> list[tuple[float, float]]:
+        """Loss and accuracy of the supernet under ``mixing`` on each set's validation half.
 
         Normalised by the statistics of each batch: the running ones were gathered under other
         mixing weights, and would measure how stale they are instead of how good the cell is.
 
         Args:
-            part: which of the epoch's validations this is, for ``observer``.
+            part: which of the epoch's ``VALIDATIONS`` this is, for ``observer``.
         """
         self.supernet.train()
+        counts = [len(source.evaluation) for source in self.sources.each]
+        done = part * sum(counts)
+        measured = []
         with torch.no_grad():
-            return self.validate(
-                lambda batch: self._scores(batch, mixing, update_statistics=False),
-                self.evaluation_batches,
-                observer or Observer(),
-                "the supernet on the validation half",
-                part=part,
-                parts=VALIDATIONS,
-            )
+            for count, batches in zip(counts, self.sources.evaluations(), strict=True):
+                measured.append(
+                    self.validate(
+                        lambda batch: self._scores(batch, mixing, update_statistics=False),
+                        batches,
+                        count,
+                        observer or Observer(),
+                        "the supernet on the validation half",
+                        done=done,
+                        total=VALIDATIONS * sum(counts),
+                    )
+                )
+                done += count
+        return measured
 
     def _scores(
         self,
@@ -245,34 +259,7 @@ class BilevelSearch(ResumableLoop[Pair]):
         scores: Tensor = self.supernet(
             batch.images, mixing, weights=weights, update_statistics=update_statistics
         )
-        return scores
-
-    def _make_batches(self, task: ImageTask, seed: int, workers: int) -> None:
-        weight_half, architecture_half = halves(task, seed)
-        config = self.config
-        augmentation = Augmentation(
-            crop_padding=config.crop_padding, flip=config.flip and task.flip
-        )
-
-        # The supernet is evaluated by the statistics of each batch, too: a batch in stored order
-        # may hold a single class, and a short one has poor statistics.
-        def batches(indices: Tensor, stream: str, augment: bool) -> Batches:
-            return Batches(
-                task,
-                indices,
-                config.batch_size,
-                seed=seed,
-                stream=stream,
-                device=self.device,
-                augmentation=augmentation if augment else None,
-                shuffle=True,
-                drop_last=True,
-                workers=workers,
-            )
-
-        self.train_batches = batches(weight_half, "search/weights", True)
-        self.validation_batches = batches(architecture_half, "search/architecture", True)
-        self.evaluation_batches = batches(architecture_half, "search/evaluation", False)
+        return scores if batch.head is None else scores[:, batch.head]
 
     def summarise(self, observer: Observer) -> dict[str, float]:
         """Metrics of the epoch, with the signs of collapse."""
@@ -280,8 +267,11 @@ class BilevelSearch(ResumableLoop[Pair]):
         loss, accuracy = self.meter.read(f"epoch {self.epoch + 1}")
         mixing = self.method.mixing(self.supernet).detach()
         genotype = self.supernet.derive(mixing)
-        validation_loss, validation_accuracy = self.accuracy(mixing, observer)
-        _, discretised = self.accuracy(mixing.discretised(genotype), observer, part=1)
+        losses, accuracies = zip(*self.accuracy(mixing, observer), strict=True)
+        validation_accuracy = fmean(accuracies)
+        discretised = fmean(
+            value for _, value in self.accuracy(mixing.discretised(genotype), observer, part=1)
+        )
         collapse = collapse_metrics(mixing, genotype)
         if collapse["skip/normal"] > self.config.skip_limit:
             observer.on_warning(
@@ -294,7 +284,7 @@ class BilevelSearch(ResumableLoop[Pair]):
         metrics = {
             "supernet/train_loss": loss,
             "supernet/train_accuracy": accuracy,
-            "supernet/val_loss": validation_loss,
+            "supernet/val_loss": fmean(losses),
             "supernet/val_accuracy": validation_accuracy,
             "supernet/discretised_accuracy": discretised,
             "supernet/discretised_gap": validation_accuracy - discretised,
@@ -305,6 +295,9 @@ class BilevelSearch(ResumableLoop[Pair]):
             "epoch_seconds": self.epoch_watch.seconds,
             "peak_memory_mb": peak_memory_mb(self.device),
         }
+        if len(accuracies) > 1:
+            for source, value in zip(self.sources.each, accuracies, strict=True):
+                metrics[f"source/{source.metric}/val_accuracy"] = value
         self.method.between_epochs(self, self.epoch)
         return metrics
 

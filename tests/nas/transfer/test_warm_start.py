@@ -216,7 +216,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("temperature", [0.5, 0.0, float("nan"), float("inf")])
     def test_temperatures(self, temperature: float) -> None:
-        with pytest.raises(ConfigurationError, match="temperature of the alphas .* at least 1"):
+        with pytest.raises(ConfigurationError, match=r"temperature of the alphas .* at least 1"):
             WarmStartOptions(alpha_temperature=temperature)
 
     @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
