@@ -82,6 +82,4 @@ def rank(standings: Iterable[Standing]) -> list[Standing]:
     Of equally near ones the one of more sources stands first (multi-data-set pretraining is what
     the paper recommends), then the one that came first.
     """
-    return sorted(
-        standings, key=lambda s: (bool(s.refused), s.distance, -len(s.sources))
-    )
+    return sorted(standings, key=lambda s: (bool(s.refused), s.distance, -len(s.sources)))

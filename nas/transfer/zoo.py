@@ -40,6 +40,11 @@ class SourceCard:
     height: int
     width: int
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a size below 1, which a file may have made up."""
+        if min(self.images, self.classes, self.channels, self.height, self.width) < 1:
+            raise ValueError(f"the source '{self.name}' has a size below 1")
+
     @staticmethod
     def of(task: ImageTask) -> SourceCard:
         """The card of ``task``."""
@@ -165,9 +170,7 @@ def image_hashes(*tasks: ImageTask) -> Tensor:
     Of all splits, and before any scaling, so that sets overlap at whatever size they are used. An
     image that was scaled, cropped or encoded anew before it was read is another image.
     """
-    origins = b"".join(
-        fingerprint[:8] for task in tasks for fingerprint in task.images.origins()
-    )
+    origins = b"".join(fingerprint[:8] for task in tasks for fingerprint in task.images.origins())
     return torch.frombuffer(bytearray(origins), dtype=torch.int64).unique()
 
 
