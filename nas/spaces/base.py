@@ -127,5 +127,8 @@ class Space(Protocol):
             ConfigurationError: a field is unknown or impossible.
         """
 
+    def signature(self, config: SupernetConfig) -> dict[str, Any]:
+        """The ``signature`` of a supernet of this configuration, which need not be built."""
+
     def weight_shapes(self, shape: TaskShape, config: SupernetConfig) -> dict[str, tuple[int, ...]]:
         """Names and shapes of such a supernet's weights; nothing is built."""

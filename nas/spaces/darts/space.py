@@ -15,7 +15,7 @@ from nas.ops.backend import AUTO
 from nas.ops.primitives import initialise
 from nas.spaces.darts.genotype import NODES, OPERATIONS, Gene, Genotype
 from nas.spaces.darts.network import DartsNetwork
-from nas.spaces.darts.supernet import Supernet, SupernetConfig, weight_packings
+from nas.spaces.darts.supernet import Supernet, SupernetConfig, signature, weight_packings
 
 if TYPE_CHECKING:
     from nas.data.task import TaskShape
@@ -132,6 +132,10 @@ class DartsSpace:
                 f"{dict(values)!r} is no configuration of a {self.name} supernet: its fields are "
                 f"{', '.join(field.name for field in fields(SupernetConfig))}"
             ) from error
+
+    def signature(self, config: SupernetConfig) -> dict[str, Any]:
+        """What two supernets must share for the tensors of one to fit the other."""
+        return signature(config)
 
     def weight_shapes(self, shape: TaskShape, config: SupernetConfig) -> dict[str, tuple[int, ...]]:
         """Names and shapes of such a supernet's weights; nothing is built."""

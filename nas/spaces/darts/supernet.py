@@ -173,7 +173,7 @@ class Supernet(nn.Module):
 
     def signature(self) -> dict[str, Any]:
         """What another supernet must share to go on from this one; see ``WeightSharing``."""
-        return {"space": "darts", "operations": list(OPERATIONS), **asdict(self.config)}
+        return signature(self.config)
 
     def groups(self) -> TensorGroups:
         """Views of all tensors, by the part they play on another data set."""
@@ -267,6 +267,11 @@ class Supernet(nn.Module):
                     value = torch.empty(shape).uniform_(-bound, bound, generator=draw)
                 pieces.append(value.flatten())
         return torch.cat(pieces)
+
+
+def signature(config: SupernetConfig) -> dict[str, Any]:
+    """The signature of a supernet of this configuration, which need not be built."""
+    return {"space": "darts", "operations": list(OPERATIONS), **asdict(config)}
 
 
 def weight_packings(shape: TaskShape, config: SupernetConfig) -> list[tuple[str, Packing]]:
