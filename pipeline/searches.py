@@ -148,6 +148,7 @@ def search_step(
             "source": names,
             "method": method.name,
             "seed": seed,
+            **({"sampling": sampling} if len(tasks) > 1 else {}),
             **flat("search", config),
             **(start.parameters() if start else {}),
         },

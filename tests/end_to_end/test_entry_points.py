@@ -34,6 +34,7 @@ SEARCH_METRICS = LOOP_METRICS | {
     "alpha/entropy_reduce",
     "skip/normal",
     "skip/reduce",
+    "genotype/age",
 }
 
 
@@ -289,6 +290,12 @@ def others(finished: Finished) -> Others:
         "evaluate", {"model": model, "target": "animals", "target_limit": 300}
     )
     jobs = (transfer, search, retraining, place.jobs()[-1])
+    place.enter()
+    tiny = {**SEARCH, "source_limit": 100, "search_epochs": 1}
+    del tiny["source"]
+    assert main(["pretrain", *arguments({**tiny, "sources": "digits,mnist5k"})]) == 0
+    warm = {**tiny, "source": "animals", "source_size": 8, "warm_start": "auto"}
+    assert main(["search", *arguments({**warm, "contribute": "true"})]) == 0
     # with their models, which a search leaves out
     return Others(*(client.get_run(run.info.run_id) for run in jobs), outputs)
 
