@@ -13,6 +13,7 @@ from nas.errors import NASError
 from nas.ops.backend import AUTO
 from nas.search import find_method
 from nas.search.sources import SQUARE_ROOT
+from nas.transfer.otdd import OTDDConfig
 from nas.transfer.supernet import BOTH
 from pipeline import options as o
 from pipeline.asked import (
@@ -26,6 +27,7 @@ from pipeline.asked import (
     warm_settings,
 )
 from pipeline.console import complain
+from pipeline.distance import DistanceSettings, measure
 from pipeline.evaluate import EvaluateSettings, evaluate
 from pipeline.job import Machine
 from pipeline.presets import find_preset
@@ -36,7 +38,7 @@ from pipeline.settings import CompareSettings, DataSettings, StackSettings
 from pipeline.transfer import TransferSettings, transfer
 
 FAILED, INTERRUPTED = 1, 130  # 130 is what a shell reports for Ctrl-C
-FLAGS = ("--fresh", "--verbose", "--each", "--contribute")
+FLAGS = ("--fresh", "--verbose", "--each", "--contribute", "--debiased")
 
 app = typer.Typer(
     help="Search an architecture on one data set, transfer it to another, train it, compare it "
@@ -283,6 +285,44 @@ def evaluate_command(
     evaluate(
         EvaluateSettings(model, DataSettings(target, target_size, target_limit)),
         Machine(device="cpu", data=data, options=_options(context)),
+    )
+
+
+@app.command("distance")
+def distance_command(
+    context: typer.Context,
+    datasets: o.Datasets = "digits,mnist5k,animals",
+    limit: o.Limit = None,
+    features: o.Features = "pca",
+    label_distance: o.LabelDistance = "gaussian",
+    outer: o.Outer = "exact",
+    regularisation: o.Regularisation = 0.1,
+    debiased: o.Debiased = True,
+    points: o.Points = 2000,
+    seed: o.PointsSeed = 0,
+    device: o.Device = "auto",
+    data: o.DataRoot = None,
+    fresh: o.Fresh = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """How far data sets are from one another, by optimal transport (OTDD).
+
+    The nearer a source, the more of what was learnt on it can be expected to help. Two labelled
+    images differ by their features and by how the images of their two classes lie; the distance
+    is the root of what it costs, squared and on average, to turn one set into the other. Ends with
+    the matrix, a heat map and a map of the sets. Images of other sizes and grey ones are made
+    alike first; test splits are not looked at.
+    """
+    names = [name.strip() for name in datasets.split(",") if name.strip()]
+    measure(
+        DistanceSettings(
+            datasets=tuple(DataSettings(name, None, limit) for name in names),
+            features=features,
+            config=OTDDConfig(label_distance, outer, regularisation, debiased),
+            points=points,
+            seed=seed,
+        ),
+        Machine(device=device, data=data, fresh=fresh, options=_options(context)),
     )
 
 

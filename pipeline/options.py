@@ -10,15 +10,20 @@ import typer
 from nas.data import DATA_SETS
 from nas.search import METHODS
 from nas.spaces.darts import PUBLISHED
+from nas.transfer.otdd.distance import OUTER
+from pipeline.distance import FEATURES
 from pipeline.presets import PRESETS
 
 _SETS = ", ".join(name for name in DATA_SETS if not name.startswith("folder:"))
 _METHODS = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+_FEATURES = "; ".join(f"{name}: {summary}" for name, summary in FEATURES.items())
+_OUTER = "; ".join(f"{name}: {summary}" for name, summary in OUTER.items())
 _PRESETS = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
 
-DATA, SEARCH, NETWORK, TRAINING, MACHINE = (
+DATA, SEARCH, MEASURE, NETWORK, TRAINING, MACHINE = (
     "What data",
     "How to search",
+    "How to measure",
     "The final network",
     "How to train and compare",
     "The machine",
@@ -130,6 +135,73 @@ SourceLimit = Annotated[
 ]
 TargetLimit = Annotated[
     int | None, typer.Option("--target-limit", min=1, help=_LIMIT, rich_help_panel=DATA)
+]
+Datasets = Annotated[
+    str,
+    typer.Option(
+        help=f"Data sets to compare, with commas between them: {_SETS}, or folder:PATH.",
+        rich_help_panel=DATA,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Use at most this many images of each set, chosen evenly from the classes.",
+        rich_help_panel=DATA,
+    ),
+]
+Features = Annotated[
+    str,
+    typer.Option(
+        help="What images are compared by; distances can be compared within one kind only. "
+        f"{_FEATURES}.",
+        rich_help_panel=MEASURE,
+    ),
+]
+LabelDistance = Annotated[
+    str,
+    typer.Option(
+        help="Distance between classes. gaussian: Bures-Wasserstein, by means and covariances; "
+        "diagonal: without correlations; means: by means alone; exact: between their images.",
+        rich_help_panel=MEASURE,
+    ),
+]
+Outer = Annotated[
+    str,
+    typer.Option(
+        help=f"How images are matched. {_OUTER}; it takes --label-distance diagonal or means.",
+        rich_help_panel=MEASURE,
+    ),
+]
+Regularisation = Annotated[
+    float,
+    typer.Option(
+        help="Of --outer entropic, as a share of the mean cost of a match.",
+        rich_help_panel=MEASURE,
+    ),
+]
+Debiased = Annotated[
+    bool,
+    typer.Option(
+        "--debiased/--no-debiased",
+        help="With --outer entropic: take off what either set costs against itself.",
+        rich_help_panel=MEASURE,
+    ),
+]
+Points = Annotated[
+    int,
+    typer.Option(
+        min=2,
+        help="Images of each set that are matched; statistics of classes are of up to 20,000.",
+        rich_help_panel=MEASURE,
+    ),
+]
+PointsSeed = Annotated[
+    int,
+    typer.Option(
+        "--seed", min=0, help="Decides which images are matched.", rich_help_panel=MEASURE
+    ),
 ]
 TransferName = Annotated[
     str,

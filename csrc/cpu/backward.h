@@ -44,31 +44,31 @@ class BackwardCell {
     merged_ = arena_.take<double>(4 * g.lanes.channels);
     pair_sum_ = arena_.take<double>(g.lanes.channels);
     pair_product_ = arena_.take<double>(g.lanes.channels);
-    for (int s = 0; s < kSources; ++s) {
-      for (auto& slot : between_gradients_[s]) slot = arena_.take<Vec<T>>(g.node_planes());
-      for (auto& slot : sums_[s]) slot = arena_.take<Vec<T>>(2 * planes);
-      for (auto& slot : coefficients_[s]) slot = arena_.take<Vec<T>>(3 * g.lanes.groups);
-      taps_[s] = arena_.take<Vec<T>>(g.chunks.count * kTaps * g.lanes.groups);
-      matrices_[s] =
-          arena_.take<Vec<T>>(g.chunks.count * (kConvolutions + 2) * weights_.pointwise().weights());
-    }
+    for (auto& slot : between_gradients_) slot = arena_.take<Vec<T>>(g.node_planes());
+    for (auto& slot : sums_) slot = arena_.take<Vec<T>>(2 * planes);
+    for (auto& slot : coefficients_) slot = arena_.take<Vec<T>>(3 * g.lanes.groups);
+    taps_ = arena_.take<Vec<T>>(g.chunks.count * kTaps * g.lanes.groups);
+    matrices_ =
+        arena_.take<Vec<T>>(g.chunks.count * (kConvolutions + 2) * weights_.pointwise().weights());
     state_gradients_ = arena_.take<T>(2 * g.shape.images * g.pixels * g.shape.channels);
     for (auto& node : rest_gradients_) {
       node = arena_.take<T>(
           g.shape.partial > 1 ? g.shape.images * g.node_pixels * g.shape.channels : 0);
     }
-    rectified_size_ = std::max(g.rectified(nullptr, 0).size(), g.rectified(nullptr, 2).size());
-    scratch_size_ = rectified_size_ + g.between(nullptr).size() + 4 * padded_gradient(nullptr, 0).size() +
+    scratch_size_ = g.rectified_size() + g.between(nullptr).size() + 4 * padded_gradient(nullptr, 0).size() +
                     2 * g.per_block(g.node_pixels) + 2 * g.lanes.groups * g.width + 2 * g.width;
     scratch_ = arena_.take<Vec<T>>(pool.threads * scratch_size_);
-    wide_size_ = g.wide.groups * kLanes;
-    wide_ = arena_.take<T>(pool.threads * wide_size_);
+    passed_size_ = g.shape.partial > 1 ? g.node_width * g.shape.channels : 0;
+    passed_ = arena_.take<T>(pool.threads * passed_size_);
+    const bool halves = g.shape.partial > 1 && g.shape.reduction;
+    pooled_ = arena_.take<T>(halves ? 2 * g.shape.images * g.node_pixels * g.shape.channels : 0);
   }
 
   int64_t workspace_bytes() const { return arena_.used(); }
 
   void run() {
     const auto& g = geometry_;
+    std::fill(scratch_, scratch_ + pool_.threads * scratch_size_, Vec<T>::zero());  // all borders
     parallel(pool_, kEdges, [&](int64_t edge, int64_t) {
       int target = 2;
       while (first_edge(target + 1) <= edge) ++target;
@@ -107,7 +107,7 @@ class BackwardCell {
     const auto& g = geometry_;
     Scratch s;
     s.rectified = scratch_ + thread * scratch_size_;
-    s.second = s.rectified + rectified_size_;
+    s.second = s.rectified + g.rectified_size();
     s.padded = s.second + g.between(nullptr).size();
     s.gradient = s.padded + 4 * padded_gradient(nullptr, 0).size();
     s.row = s.gradient + 2 * g.per_block(g.node_pixels);
@@ -191,7 +191,7 @@ class BackwardCell {
         for (int64_t x = 0; x < g.per_block(g.node_pixels); ++x) planes[x] += inner[x];
       }
     } else {
-      split_gradient(target, block, inner, planes, wide_ + thread * wide_size_);
+      split_gradient(target, block, inner, planes, passed_ + thread * passed_size_);
     }
     for (int64_t group = 0; group < g.lanes.groups; ++group) {
       Vec<T> even = Vec<T>::zero(), odd = Vec<T>::zero();
@@ -207,49 +207,56 @@ class BackwardCell {
   }
 
   // PC-DARTS: undoes the shuffle; the mixed channels go on, the others go by the edges.
-  void split_gradient(int target, int64_t block, const Vec<T>* inner, Vec<T>* planes, T* pixel) {
+  void split_gradient(int target, int64_t block, const Vec<T>* inner, Vec<T>* planes, T* row) {
     const auto& g = geometry_;
-    const int64_t channels = g.shape.channels, mixed = g.lanes.channels;
-    const int64_t start = mixed / kLanes * kLanes;  // Vecs before it hold mixed channels alone
-    std::fill(planes, planes + g.per_block(g.node_pixels), Vec<T>::zero());
+    const int64_t channels = g.shape.channels, mixed = g.lanes.channels, width = g.node_width;
+    const Images<const T> from{call_.output_gradient + (target - 2) * channels,
+                               g.node_pixels * kNodes * channels, kNodes * channels};
+    if (!g.lanes.full(block)) {
+      std::fill(planes, planes + g.per_block(g.node_pixels), Vec<T>::zero());
+    }
     Vec<T> products[kStates];
     for (auto& product : products) product = Vec<T>::zero();
     for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
       const int64_t image = block * g.lanes.together + n;
-      for (int64_t x = 0; x < g.node_pixels; ++x) {
-        const int64_t place = image * g.node_pixels + x;
-        const T* gradient = call_.output_gradient + (place * kNodes + target - 2) * channels;
-        for (int64_t at = 0; at < channels; at += kLanes) {
-          Vec<T> sum = load_channels(gradient + at, channels - at);
-          if (inner && at < mixed) sum += image_lanes(g.lanes, inner + x, g.node_pixels, n, at);
-          if (inner && at >= start) {
-            sum += passed_by(target, image, x / g.node_width, x % g.node_width, at, products);
-          }
-          sum.store(pixel + at);
+      for (int64_t y = 0; y < g.node_height; ++y) {
+        Images<const T> gradient = from.skip(y * width);
+        gradient.at += image * from.image;
+        if (inner) {
+          send_back(target, image, y, gradient, products, row);
+          add_channels(g.lanes, inner + y * width, g.node_pixels, n, width, row, channels);
+          gradient = {row, 0, channels};
         }
-        unshuffle(pixel, mixed, g.shape.partial,
-                  reinterpret_cast<T*>(planes + x) + n * g.lanes.group, g.node_pixels * kLanes,
-                  rest_gradients_[target - 2] + place * channels);
+        for (int64_t x = 0; x < width; ++x) {
+          const int64_t place = y * width + x;
+          unshuffle(gradient.at + x * gradient.pixel, mixed, g.shape.partial,
+                    reinterpret_cast<T*>(planes + place) + n * g.lanes.group,
+                    g.node_pixels * kLanes,
+                    rest_gradients_[target - 2] + (image * g.node_pixels + place) * channels);
+        }
       }
     }
     if (inner) keep_products(target, block, products);
   }
 
-  // What the edges that leave state `s` let pass by sends back to its channels at..at + 15 at a
-  // node pixel; adds to products[target] what that edge's weight gets.
-  Vec<T> passed_by(int s, int64_t image, int64_t y, int64_t x, int64_t at, Vec<T>* products) {
+  // What the edges that leave state `s` let pass by sends back to a row of its pixels, added to
+  // `own`; adds to products[target] what that edge's weight gets.
+  void send_back(int s, int64_t image, int64_t y, Images<const T> own, Vec<T>* products, T* to) {
     const auto& g = geometry_;
-    const int64_t channels = g.shape.channels;
-    const Vec<T> state = bypassing(call_.states, call_.output, g, s, image, y, x, at);
-    const int64_t place = (image * g.node_pixels + y * g.node_width + x) * channels + at;
-    Vec<T> sum = Vec<T>::zero();
-    for (int target = std::max(2, s + 1); target < kStates; ++target) {
-      const Vec<T> rest =
-          load_channels<T>(rest_gradients_[target - 2] + place, channels - at);
-      products[target] += rest * state;
-      sum += rest * Vec<T>::splat(call_.bypass[edge_of(s, target)]);
+    const int first = std::max(2, s + 1), count = kStates - first;
+    const int64_t place = image * g.node_pixels + y * g.node_width;
+    const T* gradients[kSources] = {};
+    T weights[kSources] = {};
+    for (int k = 0; k < count; ++k) {
+      gradients[k] = rest_gradients_[first + k - 2] + place * g.shape.channels;
+      weights[k] = call_.bypass[edge_of(s, first + k)];
     }
-    return sum;
+    Images<const T> state = passing(g, s, call_.states, call_.output, pooled_);
+    state.at += image * state.image + y * g.node_width * state.pixel;
+    with_edges(count, [&](auto edges) {
+      PassedRow<T>(g, g.node_width)
+          .template send_back<edges>(gradients, weights, state, own, products + first, to);
+    });
   }
 
   void keep_products(int s, int64_t block, const Vec<T>* products) {
@@ -258,24 +265,26 @@ class BackwardCell {
     }
   }
 
-  // Sends the gradient of a node back through all of its edges.
+  // Sends the gradient of a node back through its edges. One after the other, since the planes of
+  // one edge stay in the third cache from pass to pass and those of all edges do not.
   void go_back(int target) {
-    const auto& g = geometry_;
-    const auto each = [&](auto&& pass) {
-      parallel(pool_, g.chunks.count * target, [&](int64_t unit, int64_t thread) {
-        pass(int(unit % target), target, unit / target, thread);
+    for (int s = 0; s < target; ++s) {
+      const auto over_chunks = [&](auto&& pass) {
+        parallel(pool_, geometry_.chunks.count, [&](int64_t chunk, int64_t thread) {
+          pass(s, target, chunk, thread);
+        });
+      };
+      prepare_edge(s, target);
+      over_chunks([&](auto... arguments) { dot_products(arguments...); });
+      settle_outputs(s, target);
+      over_chunks([&](auto... arguments) { second_convolutions(arguments...); });
+      settle_between(s, target);
+      over_chunks([&](auto... arguments) { first_convolutions(arguments...); });
+      if (!call_.weights_gradient) continue;
+      parallel(pool_, kConvolutions + 1, [&](int64_t convolution, int64_t) {
+        unpack(s, target, int(convolution));
       });
-    };
-    for (int s = 0; s < target; ++s) prepare_edge(s, target);
-    each([&](auto... arguments) { dot_products(arguments...); });
-    for (int s = 0; s < target; ++s) settle_outputs(s, target);
-    each([&](auto... arguments) { second_convolutions(arguments...); });
-    for (int s = 0; s < target; ++s) settle_between(s, target);
-    each([&](auto... arguments) { first_convolutions(arguments...); });
-    if (!call_.weights_gradient) return;
-    parallel(pool_, target * (kConvolutions + 1), [&](int64_t unit, int64_t) {
-      unpack(int(unit / (kConvolutions + 1)), target, int(unit % (kConvolutions + 1)));
-    });
+    }
   }
 
   // Where an edge's convolutions were kept, and scale and shift between those of the separable ones.
@@ -284,60 +293,83 @@ class BackwardCell {
     const Kept<T> kept(g);
     const Vec<T>* planes = reinterpret_cast<const Vec<T>*>(call_.kept);
     for (int convolution = 0; convolution < kConvolutions; ++convolution) {
-      outputs_[s][slot_of(convolution)] =
+      outputs_[slot_of(convolution)] =
           planes + kept.convolution(edge_of(s, target), convolution);
     }
     if (g.stride(s) == 2) {
-      outputs_[s][kReduced] = planes + kept.reduced(reducing_slot(s, target));
+      outputs_[kReduced] = planes + kept.reduced(reducing_slot(s, target));
     }
     for (int k = 0; k < 2; ++k) {
       const int64_t at = statistics(s, target, kFirst[k].convolution);
       for (int64_t group = 0; group < g.lanes.groups; ++group) {
         const Vec<T> scale = in_lanes<T>(g.lanes, call_.reciprocal_deviation + at, group);
-        Vec<T>* to = coefficients_[s][kA3 + k] + group;
+        Vec<T>* to = coefficients_[kA3 + k] + group;
         to[0] = scale;
         to[g.lanes.groups] = Vec<T>::zero() - mean(at, group) * scale;
       }
     }
   }
 
-  // Products of the node's gradient with all that an edge adds to the node.
+  // Products of the node's gradient with all that an edge adds to the node; a piece of the gradient
+  // stays in the nearest cache for all of them.
   void dot_products(int s, int target, int64_t chunk, int64_t) {
     const auto& g = geometry_;
-    const bool* live = call_.live[edge_of(s, target)];
+    constexpr int64_t piece = 64;
+    Factor factors[kOperations];
+    const int count = list_factors(s, target, factors);
     for_blocks(chunk, [&](int64_t block) {
-      const int64_t at = node_block(block);
-      const Vec<T>* gradient = node_gradients_[target - 2] + at;
-      const auto dot = [&](int sum, const Vec<T>* planes, int64_t statistic) {
-        for (int64_t group = 0; group < g.lanes.groups; ++group) {
-          const int64_t plane = group * g.node_pixels;
-          const Vec<T> shift = statistic < 0 ? Vec<T>::zero() : mean(statistic, group);
-          Vec<T>& total = sums_[s][sum][block * g.lanes.groups + group];
-          total = Vec<T>::zero();
-          add_product(total, gradient + plane, planes + at + plane, shift, g.node_pixels);
+      for (int64_t group = 0; group < g.lanes.groups; ++group) {
+        const int64_t at = node_block(block) + group * g.node_pixels;
+        const Vec<T>* gradient = node_gradients_[target - 2] + at;
+        Vec<T> totals[kOperations], shifts[kOperations];
+        for (int i = 0; i < count; ++i) {
+          totals[i] = Vec<T>::zero();
+          const int64_t statistic = factors[i].statistic;
+          shifts[i] = statistic < 0 ? Vec<T>::zero() : mean(statistic, group);
         }
-      };
-      for (int operation = kSep3; operation <= kDil5; ++operation) {
-        if (!live[operation]) continue;
-        const int convolution = last_convolution(operation), slot = slot_of(convolution);
-        dot(slot, outputs_[s][slot], statistics(s, target, convolution));
-      }
-      if (live[kSkip] && g.stride(s) == 2) {
-        dot(kReduced, outputs_[s][kReduced],
-            call_.shape.reduce_statistics(reducing_slot(s, target)));
-      } else if (live[kSkip]) {
-        dot(kSumSkip, states_[s], -1);
-      }
-      for (int average = 0; average < 2; ++average) {
-        if (!live[kMaxPool + average]) continue;
-        dot(kSumMax + average, pools_[s][average], call_.shape.pool_statistics(s, average));
+        for (int64_t x = 0; x < g.node_pixels; x += piece) {
+          const int64_t pixels = std::min(piece, g.node_pixels - x);
+          for (int i = 0; i < count; ++i) {
+            add_product(totals[i], gradient + x, factors[i].planes + at + x, shifts[i], pixels);
+          }
+        }
+        for (int i = 0; i < count; ++i) {
+          sums_[factors[i].sum][block * g.lanes.groups + group] = totals[i];
+        }
       }
     });
   }
 
+  struct Factor {
+    int sum;
+    const Vec<T>* planes;
+    int64_t statistic;  // what it is normalised by, or -1
+  };
+  int list_factors(int s, int target, Factor* factors) const {
+    const auto& shape = call_.shape;
+    const bool* live = call_.live[edge_of(s, target)];
+    int count = 0;
+    for (int operation = kSep3; operation <= kDil5; ++operation) {
+      if (!live[operation]) continue;
+      const int convolution = last_convolution(operation), slot = slot_of(convolution);
+      factors[count++] = {slot, outputs_[slot], statistics(s, target, convolution)};
+    }
+    if (live[kSkip] && geometry_.stride(s) == 2) {
+      factors[count++] = {kReduced, outputs_[kReduced],
+                          shape.reduce_statistics(reducing_slot(s, target))};
+    } else if (live[kSkip]) {
+      factors[count++] = {kSumSkip, states_[s], -1};
+    }
+    for (int average = 0; average < 2; ++average) {
+      if (!live[kMaxPool + average]) continue;
+      factors[count++] = {kSumMax + average, pools_[s][average], shape.pool_statistics(s, average)};
+    }
+    return count;
+  }
+
   void rectify_between(int s, int k, int64_t block, const Padded<T>& to) const {
-    const Vec<T>* scale = coefficients_[s][kA3 + k];
-    normalise_and_rectify(outputs_[s][kA3 + k] + node_block(block), scale,
+    const Vec<T>* scale = coefficients_[kA3 + k];
+    normalise_and_rectify(outputs_[kA3 + k] + node_block(block), scale,
                           scale + geometry_.lanes.groups, to);
   }
 
@@ -349,7 +381,7 @@ class BackwardCell {
     const bool* live = call_.live[edge];
     const double* sum = node_totals_[target - 2];
     const auto settle = [&](int operation, int slot, int64_t at, double* product) {
-      merge_sums(g.lanes, sums_[s][slot], product);
+      merge_sums(g.lanes, sums_[slot], product);
       if (call_.operations_gradient) {
         double total = 0;
         for (int64_t c = 0; c < g.lanes.channels; ++c) {
@@ -359,7 +391,7 @@ class BackwardCell {
       }
       if (slot < kSlots) {
         store_coefficients(double(weight(edge, operation)), at, sum, product,
-                           coefficients_[s][slot]);
+                           coefficients_[slot]);
       }
     };
     for (int operation = kSep3; operation <= kDil5; ++operation) {
@@ -420,6 +452,10 @@ class BackwardCell {
       const Vec<T> b = without_missing(g.lanes, block, at[2 * g.lanes.groups]);
       const Vec<T>* from = gradient + group * g.node_pixels + first;
       const Vec<T>* plane = planes + group * g.node_pixels + first;
+      if (!call_.training) {  // d and b are zero, which would make NaN of infinity
+        for (int64_t x = 0; x < pixels; ++x) to[group * pixels + x] = a * from[x];
+        continue;
+      }
       for (int64_t x = 0; x < pixels; ++x) {
         to[group * pixels + x] = a * from[x] + (d * plane[x] + b);
       }
@@ -440,7 +476,7 @@ class BackwardCell {
     for (int64_t y = 0; y < g.node_height; y += rows) {
       const int64_t count = std::min(rows, g.node_height - y);
       const int64_t first = y * g.node_width, pixels = count * g.node_width;
-      gradient_of(coefficients_[s][slot], block, gradient, outputs_[s][slot] + node_block(block),
+      gradient_of(coefficients_[slot], block, gradient, outputs_[slot] + node_block(block),
                   first, pixels, strip);
       for (int64_t row = 0; row < count; ++row) {
         pointwise.row(strip + row * g.node_width, pixels, weights_.transposed(edge, convolution),
@@ -450,7 +486,7 @@ class BackwardCell {
         depthwise_rows(depthwise, input, weights_.taps(edge, convolution), y, count, g.node_width,
                        between);
         pointwise.weight_gradient(between, pixels, strip, pixels, pixels,
-                                  matrix_sums(s, chunk, convolution));
+                                  matrix_sums(chunk, convolution));
       }
     }
     if (!call_.weights_gradient) return;
@@ -459,7 +495,7 @@ class BackwardCell {
       depthwise.weight_gradient(
           input.first_tap(group, depthwise.padding()), input.pitch(), padded.row(group, 0),
           padded.pitch(), g.node_height, g.node_width,
-          tap_sums(s, chunk) + table.offset() * g.lanes.groups + group * depthwise.taps());
+          tap_sums(chunk) + table.offset() * g.lanes.groups + group * depthwise.taps());
     }
   }
 
@@ -494,10 +530,7 @@ class BackwardCell {
     const Padded<T> input = g.rectified(own.rectified, s);
     const Padded<T> second = g.between(own.second);
     const Padded<T> padded = padded_gradient(own.padded, 0);
-    input.clear_border();
-    second.clear_border();
-    padded.clear_border();
-    if (call_.weights_gradient) clear_sums(s, chunk);
+    if (call_.weights_gradient) clear_sums(chunk);
     for_blocks(chunk, [&](int64_t block) {
       const Vec<T>* gradient = node_gradients_[target - 2] + node_block(block);
       for (int k = 0; k < 2; ++k) {
@@ -527,18 +560,21 @@ class BackwardCell {
                     int64_t group, int64_t y, const Vec<T>* row) {
     const auto& g = geometry_;
     const int64_t at = node_block(block) + group * g.node_pixels + y * g.node_width;
-    const Vec<T>* first = outputs_[s][kA3 + k] + at;
-    Vec<T>* to = between_gradients_[s][k] + at;
+    const Vec<T>* first = outputs_[kA3 + k] + at;
+    Vec<T>* to = between_gradients_[k] + at;
     const Vec<T>* mask = second.row(group, y);
     const Vec<T> shift = mean(statistics(s, target, kFirst[k].convolution), group);
-    Vec<T>* sum = sums_[s][kA3 + k] + (block * g.lanes.groups + group) * 2;
+    Vec<T>* sum = sums_[kA3 + k] + (block * g.lanes.groups + group) * 2;
     if (y == 0) sum[0] = sum[1] = Vec<T>::zero();
+    Vec<T> total = sum[0], product = sum[1];
     for (int64_t x = 0; x < g.node_width; ++x) {
       const Vec<T> gradient = relu_gradient(row[x], mask[x]);
       to[x] = gradient;
-      sum[0] += gradient;
-      sum[1] += gradient * (first[x] - shift);
+      total += gradient;
+      product += gradient * (first[x] - shift);
     }
+    sum[0] = total;
+    sum[1] = product;
   }
 
   void skip_gradient(int s, int target, int64_t block, int64_t chunk,
@@ -553,19 +589,26 @@ class BackwardCell {
     const Pointwise<T>& pointwise = weights_.pointwise();
     const int slot = reducing_slot(s, target);
     const int64_t width = g.node_width;
-    gradient_of(coefficients_[s][kReduced], block, gradient,
-                outputs_[s][kReduced] + node_block(block), 0, g.node_pixels, own.gradient);
+    gradient_of(coefficients_[kReduced], block, gradient,
+                outputs_[kReduced] + node_block(block), 0, g.node_pixels, own.gradient);
+    Vec<T>* half = own.row + g.lanes.groups * width;
     for (int odd = 0; odd < 2; ++odd) {
       for (int64_t y = 0; y < g.node_height; ++y) {
         const Vec<T>* row = own.gradient + y * width;
         if (call_.weights_gradient) {
           every_second(input, odd, y, width, own.row);
           pointwise.weight_gradient(own.row, width, row, g.node_pixels, width,
-                                    matrix_sums(s, chunk, kConvolutions + odd));
+                                    matrix_sums(chunk, kConvolutions + odd));
         }
         if (2 * y + odd >= g.height) continue;
-        pointwise.row(row, g.node_pixels, weights_.reduce_transposed(slot, odd), own.row, width,
-                      width);
+        for (int64_t group = 0; group < g.lanes.groups; ++group) {
+          const Vec<T> mask = channels_from<T>(g.lanes, g.lanes.channels / 2, group);
+          for (int64_t x = 0; x < width; ++x) {
+            const Vec<T> value = row[group * g.node_pixels + x];
+            half[group * width + x] = odd ? select(mask, value) : select(mask, Vec<T>::zero(), value);
+          }
+        }
+        pointwise.row(half, width, weights_.reduce_transposed(slot, odd), own.row, width, width);
         for (int64_t group = 0; group < g.lanes.groups; ++group) {
           const Vec<T>* mask = input.row(group, 2 * y + odd) + odd;
           Vec<T>* to = gradients_[s] +
@@ -583,9 +626,9 @@ class BackwardCell {
     const bool* live = call_.live[edge_of(s, target)];
     for (int k = 0; k < 2; ++k) {
       if (!live[kFirst[k].operation]) continue;
-      merge_pairs(sums_[s][kA3 + k]);
+      merge_pairs(sums_[kA3 + k]);
       store_coefficients(1.0, statistics(s, target, kFirst[k].convolution), pair_sum_, pair_product_,
-                         coefficients_[s][kA3 + k]);
+                         coefficients_[kA3 + k]);
     }
   }
 
@@ -597,18 +640,15 @@ class BackwardCell {
     if (!any_first(live)) return;
     const Scratch own = scratch(thread);
     const Padded<T> input = g.rectified(own.rectified, s);
-    input.clear_border();
     Depthwise<T> depthwise[4];
     for (int k = 0; k < 4; ++k) {
-      padded_gradient(own.padded, k).clear_border();
-      depthwise[k] =
-          Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s)));
+      depthwise[k] = Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s)));
     }
     for_blocks(chunk, [&](int64_t block) {
       rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
       for (int k = 0; k < 4; ++k) {
         if (!live[kFirst[k].operation]) continue;
-        const Vec<T>* gradient = k < 2 ? between_gradients_[s][k] : node_gradients_[target - 2];
+        const Vec<T>* gradient = k < 2 ? between_gradients_[k] : node_gradients_[target - 2];
         gradient_into(padded_gradient(own.padded, k), s, edge, kFirst[k].convolution, depthwise[k],
                       block, chunk, input, gradient + node_block(block), own);
       }
@@ -636,22 +676,22 @@ class BackwardCell {
     });
   }
 
-  Vec<T>* tap_sums(int s, int64_t chunk) const {
-    return taps_[s] + chunk * kTaps * geometry_.lanes.groups;
+  Vec<T>* tap_sums(int64_t chunk) const {
+    return taps_ + chunk * kTaps * geometry_.lanes.groups;
   }
-  Vec<T>* matrix_sums(int s, int64_t chunk, int convolution) const {
-    return matrices_[s] +
+  Vec<T>* matrix_sums(int64_t chunk, int convolution) const {
+    return matrices_ +
            (chunk * (kConvolutions + 2) + convolution) * weights_.pointwise().weights();
   }
-  void clear_sums(int s, int64_t chunk) {
-    std::fill(tap_sums(s, chunk), tap_sums(s, chunk + 1), Vec<T>::zero());
-    std::fill(matrix_sums(s, chunk, 0), matrix_sums(s, chunk + 1, 0), Vec<T>::zero());
+  void clear_sums(int64_t chunk) {
+    std::fill(tap_sums(chunk), tap_sums(chunk + 1), Vec<T>::zero());
+    std::fill(matrix_sums(chunk, 0), matrix_sums(chunk + 1, 0), Vec<T>::zero());
   }
 
   // The sums over chunks of one convolution's gradients, in the order of the parameters.
   void unpack(int s, int target, int convolution) {
     const auto& g = geometry_;
-    const int64_t c = g.lanes.channels, inputs = g.lanes.groups * g.lanes.group;
+    const int64_t c = g.lanes.channels, inputs = weights_.pointwise().inputs();
     const int edge = edge_of(s, target);
     const auto over_chunks = [&](auto&& at) {
       Vec<T> total = at(0);
@@ -662,7 +702,7 @@ class BackwardCell {
       for (int64_t group = 0; group < g.lanes.groups; ++group) {
         for (int64_t in = 0; in < c; ++in) {
           const Vec<T> total = over_chunks([&](int64_t chunk) {
-            return matrix_sums(s, chunk, which)[group * inputs + in];
+            return matrix_sums(chunk, which)[group * inputs + in];
           });
           T values[kLanes] = {};
           add_lanes(g.lanes, g.lanes.together, 0, total, values);
@@ -691,7 +731,7 @@ class BackwardCell {
     for (int64_t group = 0; group < g.lanes.groups; ++group) {
       for (int tap = 0; tap < taps; ++tap) {
         const Vec<T> total = over_chunks([&](int64_t chunk) {
-          return tap_sums(s, chunk)[slot.offset() * g.lanes.groups + group * taps + tap];
+          return tap_sums(chunk)[slot.offset() * g.lanes.groups + group * taps + tap];
         });
         add_lanes(g.lanes, g.lanes.together, group, total, to + tap * c);
       }
@@ -762,28 +802,35 @@ class BackwardCell {
                          g.pixels * channels, channels};
       for_blocks(unit / 2, [&](int64_t block) {
         pool_gradient(s, block, thread);
-        if (g.shape.partial > 1) complete_bypass(s, block, to.at);
+        if (g.shape.partial > 1) complete_bypass(s, block, passed_ + thread * passed_size_, to.at);
         const Vec<T>* planes = gradients_[s] + block * g.per_block(g.pixels);
         scatter(g.lanes, block, planes, g.pixels, g.pixels, to);
+        if (!call_.training) return;
+        for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
+          preprocess_.add_up(call_, state_gradients_, s, block * g.lanes.together + n);
+        }
       });
     });
   }
 
   // Writes all channels of the gradient of an input's state: the mixed ones are still zero.
-  void complete_bypass(int s, int64_t block, T* to) {
+  void complete_bypass(int s, int64_t block, T* row, T* to) {
     const auto& g = geometry_;
+    const int64_t channels = g.shape.channels;
+    const PassedRow<T> passed_row(g, g.node_width);
     Vec<T> products[kStates];
     for (auto& product : products) product = Vec<T>::zero();
     for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
       const int64_t image = block * g.lanes.together + n;
+      const T* state = call_.states + (s * g.shape.images + image) * g.pixels * channels;
+      T* gradient = to + image * g.pixels * channels;
+      const bool halved = g.stride(s) == 2;
+      T* pooled = pooled_ + (s * g.shape.images + image) * g.node_pixels * channels;
+      if (halved) pool_passing(g, passed_row.start, state, pooled);
       for (int64_t y = 0; y < g.node_height; ++y) {
-        for (int64_t x = 0; x < g.node_width; ++x) {
-          for (int64_t at = g.lanes.channels / kLanes * kLanes; at < g.shape.channels;
-               at += kLanes) {
-            bypass_gradient(call_.states, call_.output, g, s, image, y, x, at,
-                            passed_by(s, image, y, x, at, products), to);
-          }
-        }
+        T* out = halved ? row : gradient + y * g.node_width * channels;
+        send_back(s, image, y, {nullptr, 0, 0}, products, out);
+        if (halved) unpool_row(g, passed_row.start, state, y, row, gradient);
       }
     }
     keep_products(s, block, products);
@@ -828,18 +875,20 @@ class BackwardCell {
   double* node_totals_[kNodes];                // [channel]
   double* pool_totals_;                        // [edge][maximum, average][channel]
   Vec<T>* bypass_sums_;                        // [edge][block]
-  const Vec<T>* outputs_[kSources][kSlots];    // of the edges at hand, as the forward pass kept them
-  Vec<T>* between_gradients_[kSources][2];     // between the convolutions of the separable ones
-  Vec<T>* sums_[kSources][kSums];              // [block][group], pairs for the first convolutions
-  Vec<T>* coefficients_[kSources][kSlots];
-  Vec<T>* taps_[kSources];                     // weight gradients of the edges at hand, by chunk
-  Vec<T>* matrices_[kSources];
+  // Of the edge at hand:
+  const Vec<T>* outputs_[kSlots];              // as the forward pass kept them
+  Vec<T>* between_gradients_[2];               // between the convolutions of the separable ones
+  Vec<T>* sums_[kSums];                        // [block][group], pairs for the first convolutions
+  Vec<T>* coefficients_[kSlots];
+  Vec<T>* taps_;                               // weight gradients, by chunk
+  Vec<T>* matrices_;
   T* state_gradients_;                         // [2, N, H, W, C]
   T* rest_gradients_[kNodes];                  // of what passed the edges by [N, h, w, C]
   double *merged_, *pair_sum_, *pair_product_;
-  int64_t rectified_size_, scratch_size_, wide_size_;
+  int64_t scratch_size_, passed_size_;
   Vec<T>* scratch_;                            // a thread's own
-  T* wide_;
+  T* passed_;
+  T* pooled_;                                  // what passes from the inputs under stride 2
 };
 
 }  // namespace nas::NAS_ISA

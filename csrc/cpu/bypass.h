@@ -6,69 +6,166 @@
 
 namespace nas::NAS_ISA {
 
-// All channels of state `s` of one image, at its pixel (y, x).
-template <typename U, typename T>
-NAS_INLINE U* state_pixel(U* states, U* output, const Geometry<T>& g, int s, int64_t image,
-                          int64_t y, int64_t x) {
-  const int64_t channels = g.shape.channels;
-  const int64_t pixel = (image * g.state_height(s) + y) * g.state_width(s) + x;
-  if (s < 2) return states + (s * g.shape.images * g.pixels + pixel) * channels;
-  return output + (pixel * kNodes + s - 2) * channels;
+// All channels of state `s`, pixel by pixel of a node. `pooled` [2, N, h, w, C] is what passes from
+// the inputs of a reduction cell.
+template <typename T>
+Images<const T> passing(const Geometry<T>& g, int s, const T* states, const T* output,
+                        const T* pooled) {
+  const int64_t channels = g.shape.channels, pixels = g.node_pixels;
+  if (s >= 2) return {output + (s - 2) * channels, pixels * kNodes * channels, kNodes * channels};
+  const T* from = g.stride(s) == 2 ? pooled : states;
+  return {from + s * g.shape.images * pixels * channels, pixels * channels, channels};
 }
 
-// Channels at..at + 15 of what reaches the node pixel (y, x) from state `s`: itself, or under
-// stride 2 the maximum of 2x2 pixels.
-template <typename T>
-NAS_INLINE Vec<T> bypassing(const T* states, const T* output, const Geometry<T>& g, int s,
-                            int64_t image, int64_t y, int64_t x, int64_t at) {
-  const int64_t count = g.shape.channels - at;
-  if (g.stride(s) == 1) {
-    return load_channels(state_pixel(states, output, g, s, image, y, x) + at, count);
+// These loops wait for memory: they ask for the pixel `kAhead` later.
+constexpr int64_t kAhead = 12;
+template <typename T> NAS_INLINE void prefetch(const T* at) { __builtin_prefetch(at); }
+
+// Calls f with `count` as a constant, so that a loop over edges is unrolled and its weights stay in
+// registers.
+template <typename F>
+NAS_INLINE void with_edges(int count, F&& f) {
+  switch (count) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    default: return f(std::integral_constant<int, 5>{});
   }
-  Vec<T> high = load_channels(state_pixel(states, output, g, s, image, 2 * y, 2 * x) + at, count);
-  for (int64_t r = 2 * y; r < std::min(2 * y + 2, g.height); ++r) {
-    for (int64_t c = 2 * x; c < std::min(2 * x + 2, g.width); ++c) {
-      if (r == 2 * y && c == 2 * x) continue;
-      high = maximum(high,
-                     load_channels(state_pixel(states, output, g, s, image, r, c) + at, count));
+}
+
+// The channels that pass edges by, of a row of pixels: the Vecs from channel `start` on. The first
+// of them may begin with mixed channels, where `mask` is zero.
+template <typename T>
+struct PassedRow {
+  int64_t start, channels, width;
+  Vec<T> mask;
+
+  PassedRow(const Geometry<T>& g, int64_t width)
+      : start(g.lanes.channels / kLanes * kLanes), channels(g.shape.channels), width(width) {
+    alignas(64) T lanes[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = T(start + i >= g.lanes.channels);
+    mask = Vec<T>::load(lanes);
+  }
+  NAS_INLINE Vec<T> unmixed(const Vec<T>& x, int64_t at) const {
+    return at == start ? select(mask, x) : x;
+  }
+
+  // to[x][c] = sum over edges of weights[edge] * from[edge][x][c]; mixed channels become anything.
+  template <int Edges>
+  void add_up(const Images<const T>* from, const T* weights, T* to) const {
+    Vec<T> weight[Edges];
+    NAS_UNROLL for (int edge = 0; edge < Edges; ++edge) weight[edge] = Vec<T>::splat(weights[edge]);
+    for (int64_t x = 0; x < width; ++x) {
+      for (int64_t at = start; at < channels; at += kLanes) {
+        Vec<T> sum = Vec<T>::zero();
+        NAS_UNROLL for (int edge = 0; edge < Edges; ++edge) {
+          const T* value = from[edge].at + x * from[edge].pixel + at;
+          prefetch(value + kAhead * from[edge].pixel);
+          sum += weight[edge] * load_channels(value, channels - at);
+        }
+        store_channels(sum, to + x * channels + at, channels - at);
+      }
     }
+  }
+
+  // The way back to the state that edges leave: to[x][c] = own[x][c] + sum over edges of
+  // weights[edge] * gradient[edge][x][c], and products[edge] += gradient[edge][x][c] * state[x][c].
+  // `own`, which may be null, has all channels; of the gradients [x][C] the mixed ones are zero.
+  template <int Edges>
+  void send_back(const T* const* gradients, const T* weights, Images<const T> state,
+                 Images<const T> own, Vec<T>* products, T* to) const {
+    Vec<T> weight[Edges], product[Edges];
+    NAS_UNROLL for (int edge = 0; edge < Edges; ++edge) {
+      weight[edge] = Vec<T>::splat(weights[edge]);
+      product[edge] = products[edge];
+    }
+    for (int64_t x = 0; x < width; ++x) {
+      for (int64_t at = 0; own.at && at < start; at += kLanes) {
+        Vec<T>::load(own.at + x * own.pixel + at).store(to + x * channels + at);
+      }
+      for (int64_t at = start; at < channels; at += kLanes) {
+        const int64_t count = channels - at;
+        prefetch(state.at + (x + kAhead) * state.pixel + at);
+        const Vec<T> value = unmixed(load_channels(state.at + x * state.pixel + at, count), at);
+        Vec<T> sum = Vec<T>::zero();
+        NAS_UNROLL for (int edge = 0; edge < Edges; ++edge) {
+          prefetch(gradients[edge] + (x + kAhead) * channels + at);
+          const Vec<T> gradient = load_channels(gradients[edge] + x * channels + at, count);
+          product[edge] += gradient * value;
+          sum += gradient * weight[edge];
+        }
+        sum = unmixed(sum, at);
+        if (own.at) {
+          prefetch(own.at + (x + kAhead) * own.pixel + at);
+          sum += load_channels(own.at + x * own.pixel + at, count);
+        }
+        store_channels(sum, to + x * channels + at, count);
+      }
+    }
+    NAS_UNROLL for (int edge = 0; edge < Edges; ++edge) products[edge] = product[edge];
+  }
+};
+
+// The pixels under a node's pixel (y, x) that stride 2 makes one: numbers from their image on.
+struct Square {
+  int64_t pixel[4];
+  int count = 0;
+
+  template <typename T>
+  NAS_INLINE Square(const Geometry<T>& g, int64_t y, int64_t x) {
+    for (int64_t r = 2 * y; r < std::min(2 * y + 2, g.height); ++r) {
+      for (int64_t c = 2 * x; c < std::min(2 * x + 2, g.width); ++c) {
+        pixel[count++] = (r * g.width + c) * g.shape.channels;
+      }
+    }
+  }
+};
+
+template <typename T>
+NAS_INLINE Vec<T> highest(const T* image, const Square& square, int64_t at, int64_t count) {
+  Vec<T> high = load_channels(image + square.pixel[0] + at, count);
+  for (int i = 1; i < square.count; ++i) {
+    high = maximum(high, load_channels(image + square.pixel[i] + at, count));
   }
   return high;
 }
 
-// Sends `gradient` for those channels back to the pixels of state `s` that made them. Under stride 1
-// there is one, and nothing was there before.
+// What passes from one image of a state under stride 2: the maxima of 2x2 pixels, [h, w, C].
 template <typename T>
-NAS_INLINE void bypass_gradient(const T* states, const T* output, const Geometry<T>& g, int s,
-                                int64_t image, int64_t y, int64_t x, int64_t at, Vec<T> gradient,
-                                T* to) {
-  const int64_t channels = g.shape.channels, count = channels - at;
-  const auto pixel = [&](int64_t r, int64_t c) {
-    return to + ((image * g.state_height(s) + r) * g.state_width(s) + c) * channels + at;
-  };
-  if (g.stride(s) == 1) return store_channels(gradient, pixel(y, x), count);
-  const Vec<T> high = bypassing(states, output, g, s, image, y, x, at);
-  for (int64_t r = 2 * y; r < std::min(2 * y + 2, g.height); ++r) {
-    for (int64_t c = 2 * x; c < std::min(2 * x + 2, g.width); ++c) {
-      const Vec<T> value =
-          load_channels(state_pixel(states, output, g, s, image, r, c) + at, count);
-      store_channels(claim(gradient, value, high), pixel(r, c), count);
+void pool_passing(const Geometry<T>& g, int64_t start, const T* image, T* to) {
+  const int64_t channels = g.shape.channels;
+  for (int64_t y = 0; y < g.node_height; ++y) {
+    for (int64_t x = 0; x < g.node_width; ++x, to += channels) {
+      const Square square(g, y, x);
+      for (int64_t at = start; at < channels; at += kLanes) {
+        const int64_t count = channels - at;
+        store_channels(highest(image, square, at, count), to + at, count);
+      }
     }
   }
 }
 
-// The channels of image `n` of a block, from the lanes of one pixel to where they lie together.
+// Sends a row of gradients [x][C] of those maxima to the pixels that they came from.
 template <typename T>
-NAS_INLINE void copy_lanes(const Layout& layout, const T* lanes, int64_t group, int64_t n, T* to) {
-  if (layout.group < kLanes) {
-    with_count(layout.channels, [&](auto count) {
-      std::memcpy(to, lanes + n * layout.group, count * sizeof(T));
-    });
-    return;
-  }
-  for (int64_t c = 0; c < layout.channels; c += kLanes) {
-    copy_channels(lanes + c / kLanes * group, std::min<int64_t>(kLanes, layout.channels - c),
-                  to + c);
+void unpool_row(const Geometry<T>& g, int64_t start, const T* image, int64_t y, const T* gradient,
+                T* to) {
+  const int64_t channels = g.shape.channels;
+  for (int64_t x = 0; x < g.node_width; ++x) {
+    const Square square(g, y, x);
+    for (int64_t at = start; at < channels; at += kLanes) {
+      const int64_t count = channels - at;
+      const Vec<T> high = highest(image, square, at, count);
+      Vec<T> left = load_channels(gradient + x * channels + at, count);
+      Vec<T> of_nan = claim_nan(left, high), value[4], share[4];
+      for (int i = 0; i < square.count; ++i) {
+        value[i] = load_channels(image + square.pixel[i] + at, count);
+        share[i] = claim(left, value[i], high);
+      }
+      for (int i = square.count - 1; i >= 0; --i) {
+        store_channels(share[i] + claim(of_nan, value[i], high), to + square.pixel[i] + at, count);
+      }
+    }
   }
 }
 
@@ -88,34 +185,37 @@ NAS_INLINE void transpose_square(const T* const (&from)[4], T* const (&to)[4]) {
   *reinterpret_cast<Four*>(to[3]) = __builtin_shufflevector(c, d, 2, 3, 6, 7);
 }
 
-// PC-DARTS, section 3.2: channel k * mixed + j moves to j * partial + k.
+// PC-DARTS, section 3.2: channel k * mixed + j moves to j * partial + k. The first `mixed` channels
+// come from `lanes` [group] of Vec, `plane` numbers apart, the others from `rest`.
 template <typename T>
-NAS_INLINE void shuffle(const T* from, int64_t mixed, int64_t partial, T* to) {
+NAS_INLINE void shuffle(const T* lanes, int64_t plane, const T* rest, int64_t mixed,
+                        int64_t partial, T* to) {
+  const auto lane = [&](int64_t j) { return lanes + j / kLanes * plane + j % kLanes; };
   if (partial == 4 && mixed % 4 == 0) {
     for (int64_t j = 0; j < mixed; j += 4) {
-      const T* row = from + j;
+      const T* row = rest + j;
       T* out = to + 4 * j;
-      transpose_square<T>({row, row + mixed, row + 2 * mixed, row + 3 * mixed},
+      transpose_square<T>({lane(j), row + mixed, row + 2 * mixed, row + 3 * mixed},
                           {out, out + 4, out + 8, out + 12});
     }
     return;
   }
   for (int64_t j = 0; j < mixed; ++j) {
-    for (int64_t k = 0; k < partial; ++k) to[j * partial + k] = from[k * mixed + j];
+    to[j * partial] = *lane(j);
+    for (int64_t k = 1; k < partial; ++k) to[j * partial + k] = rest[k * mixed + j];
   }
 }
 
-// The way back; the first `mixed` channels go to `lanes` [group] of Vec, `plane` apart, and are zero
-// among the others.
+// The way back; the first `mixed` channels of `rest` become zero.
 template <typename T>
 NAS_INLINE void unshuffle(const T* from, int64_t mixed, int64_t partial, T* lanes, int64_t plane,
-                          T* to) {
+                          T* rest) {
   const auto lane = [&](int64_t j) { return lanes + j / kLanes * plane + j % kLanes; };
-  for (int64_t j = 0; j < mixed; ++j) to[j] = 0;
+  for (int64_t j = 0; j < mixed; ++j) rest[j] = 0;
   if (partial == 4 && mixed % 4 == 0) {
     for (int64_t j = 0; j < mixed; j += 4) {
       const T* row = from + 4 * j;
-      T* out = to + j;
+      T* out = rest + j;
       transpose_square<T>({row, row + 4, row + 8, row + 12},
                           {lane(j), out + mixed, out + 2 * mixed, out + 3 * mixed});
     }
@@ -123,7 +223,7 @@ NAS_INLINE void unshuffle(const T* from, int64_t mixed, int64_t partial, T* lane
   }
   for (int64_t j = 0; j < mixed; ++j) {
     *lane(j) = from[j * partial];
-    for (int64_t k = 1; k < partial; ++k) to[k * mixed + j] = from[j * partial + k];
+    for (int64_t k = 1; k < partial; ++k) rest[k * mixed + j] = from[j * partial + k];
   }
 }
 

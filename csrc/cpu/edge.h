@@ -28,7 +28,8 @@ constexpr int last_convolution(int operation) {
 
 constexpr int64_t kPadding = 4;  // of a rectified state: what a dilated 5x5 convolution needs
 
-// A padded set of planes, [group][row][column], whose border stays zero.
+// A padded set of planes, [group][row][column]. Its border is zero from the start of a call, for
+// only the inside is written.
 template <typename T>
 struct Padded {
   Vec<T>* at;
@@ -42,17 +43,6 @@ struct Padded {
   }
   // The pixel that the first tap of output (0, 0) meets, for a convolution padded by `q`.
   const Vec<T>* first_tap(int64_t g, int64_t q) const { return row(g, -q) - q; }
-  void clear_border() const {
-    for (int64_t g = 0; g < groups; ++g) {
-      Vec<T>* plane_at = at + g * plane();
-      std::fill(plane_at, row(g, 0) - padding, Vec<T>::zero());
-      for (int64_t y = 0; y < height; ++y) {
-        std::fill(row(g, y) - padding, row(g, y), Vec<T>::zero());
-        std::fill(row(g, y) + width, row(g, y) + width + padding, Vec<T>::zero());
-      }
-      std::fill(row(g, height) - padding, plane_at + plane(), Vec<T>::zero());
-    }
-  }
 };
 
 // relu(planes) into the inside of `to`.
@@ -117,16 +107,23 @@ void every_second(const Padded<T>& in, int64_t first, int64_t y, int64_t width, 
   }
 }
 
-// The stride-2 skip connection before its normalisation.
+// The stride-2 skip connection before its normalisation. `row` holds twice [group][width].
 template <typename T, typename OnRow>
-void reduce(const Pointwise<T>& pointwise, const Padded<T>& in, const Vec<T>* even,
-            const Vec<T>* odd, int64_t height, int64_t width, Vec<T>* row, Vec<T>* out,
-            OnRow&& on_row) {
+void reduce(const Pointwise<T>& pointwise, const Layout& layout, const Padded<T>& in,
+            const Vec<T>* even, const Vec<T>* odd, int64_t height, int64_t width, Vec<T>* row,
+            Vec<T>* out, OnRow&& on_row) {
+  Vec<T>* second = row + layout.groups * width;
   for (int64_t y = 0; y < height; ++y) {
     every_second(in, 0, y, width, row);
     pointwise.row(row, width, even, out + y * width, height * width, width);
     every_second(in, 1, y, width, row);
-    pointwise.row(row, width, odd, out + y * width, height * width, width, true);
+    pointwise.row(row, width, odd, second, width, width);
+    for (int64_t g = 0; g < layout.groups; ++g) {
+      // no sum with zeros: what is NaN in one half stays there
+      const Vec<T> mask = channels_from<T>(layout, layout.channels / 2, g);
+      Vec<T>* to = out + g * height * width + y * width;
+      for (int64_t x = 0; x < width; ++x) to[x] = select(mask, second[g * width + x], to[x]);
+    }
     on_row(y);
   }
 }
@@ -142,12 +139,10 @@ struct Geometry {
   int64_t node_height, node_width, node_pixels;
 
   explicit Geometry(const CellShape& s)
-      : shape(s), lanes(s.images, s.mixed()), wide(s.images, std::max(s.channels, int64_t(kLanes))),
+      : shape(s), lanes(s.images, s.mixed()), wide(whole_images(s.images, s.channels)),
         chunks(lanes.blocks), height(s.height), width(s.width), pixels(height * width),
         node_height(s.node_height()), node_width(s.node_width()),
-        node_pixels(node_height * node_width) {
-    wide.channels = s.channels;
-  }
+        node_pixels(node_height * node_width) {}
   int64_t state_height(int s) const { return s < 2 ? height : node_height; }
   int64_t state_width(int s) const { return s < 2 ? width : node_width; }
   int64_t state_pixels(int s) const { return s < 2 ? pixels : node_pixels; }
@@ -157,8 +152,16 @@ struct Geometry {
   int64_t state_planes(int s) const { return lanes.blocks * lanes.groups * state_pixels(s); }
   int64_t node_planes() const { return lanes.blocks * lanes.groups * node_pixels; }
   int64_t per_block(int64_t pixels) const { return lanes.groups * pixels; }
+  // A thread's rectified state; inputs and nodes of another size have each a place of their own,
+  // since the border of one lies inside the other.
   Padded<T> rectified(Vec<T>* at, int s) const {
-    return {at, lanes.groups, state_height(s), state_width(s), kPadding};
+    const Padded<T> input{at, lanes.groups, height, width, kPadding};
+    if (s < 2 || !shape.reduction) return input;
+    return {at + input.size(), lanes.groups, node_height, node_width, kPadding};
+  }
+  int64_t rectified_size() const {
+    const int64_t input = rectified(nullptr, 0).size();
+    return shape.reduction ? input + rectified(nullptr, 2).size() : input;
   }
   Padded<T> between(Vec<T>* at) const {  // the input of a second convolution
     return {at, lanes.groups, node_height, node_width, 2};
@@ -193,6 +196,14 @@ inline bool pool_alive(const bool (&live)[kEdges][kOperations], int source, int 
 }
 inline bool pools_alive(const bool (&live)[kEdges][kOperations], int source) {
   return pool_alive(live, source, 0) || pool_alive(live, source, 1);
+}
+// Does any edge that leaves a state compute anything?
+inline bool any_alive(const bool (&live)[kEdges][kOperations], int source) {
+  for (int target = std::max(2, source + 1); target < kStates; ++target) {
+    const bool* edge = live[edge_of(source, target)];
+    if (std::find(edge, edge + kOperations, true) != edge + kOperations) return true;
+  }
+  return false;
 }
 inline bool any_first(const bool* live) {
   return live[kSep3] || live[kSep5] || live[kDil3] || live[kDil5];

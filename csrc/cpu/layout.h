@@ -36,9 +36,20 @@ struct Layout {
     blocks = (images + together - 1) / together;
   }
   int64_t images_of(int64_t block) const { return std::min(together, images - block * together); }
+  // Does every lane of every plane of a block hold something?
+  bool full(int64_t block) const {
+    return images_of(block) == together && channels % group == 0;
+  }
   // Lanes of plane `g` of a block that hold something are those below this, in each group.
   int64_t channels_of(int64_t g) const { return std::min(channels - g * kLanes, group); }
 };
+
+// Sixteen channels of one image in a Vec, however few there are.
+inline Layout whole_images(int64_t images, int64_t channels) {
+  Layout layout(images, std::max(channels, int64_t(kLanes)));
+  layout.channels = channels;
+  return layout;
+}
 
 // A fixed share of the blocks. Sums over a batch are taken chunk by chunk and then over chunks in
 // their order, so that the result does not depend on the number of threads.
@@ -94,14 +105,6 @@ NAS_INLINE void store_channels(const Vec<T>& x, T* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
-// The channels of one pixel: a call of memcpy would cost more than these few bytes.
-template <typename T>
-NAS_INLINE void copy_channels(const T* from, int64_t count, T* to) {
-  int64_t c = 0;
-  for (; c + kLanes <= count; c += kLanes) Vec<T>::load(from + c).store(to + c);
-  for (; c < count; ++c) to[c] = from[c];
-}
-
 // Calls f with a constant where an image's lanes are full, so that copies are single moves.
 template <typename F>
 NAS_INLINE void with_count(int64_t count, F&& f) {
@@ -138,7 +141,7 @@ void gather(const Layout& layout, int64_t block, Images<const T> from, int64_t p
     return;
   }
   const int64_t images = layout.images_of(block);
-  if (images < layout.together || layout.channels < layout.group) {
+  if (!layout.full(block)) {
     for (int64_t x = 0; x < pixels; ++x) planes[x] = Vec<T>::zero();
   }
   for (int64_t n = 0; n < images; ++n) {
@@ -190,6 +193,14 @@ Vec<T> in_lanes(const Layout& layout, const U* channels, int64_t g) {
   return Vec<T>::load(lanes);
 }
 
+// One in the lanes of plane `g` that hold channel `first` or a later one.
+template <typename T>
+Vec<T> channels_from(const Layout& layout, int64_t first, int64_t g) {
+  alignas(64) T lanes[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = T(g * kLanes + i % layout.group >= first);
+  return Vec<T>::load(lanes);
+}
+
 // `x` with zeros in the lanes of images that a last, short block does not have.
 template <typename T>
 Vec<T> without_missing(const Layout& layout, int64_t block, Vec<T> x) {
@@ -213,16 +224,19 @@ void add_lanes(const Layout& layout, int64_t images, int64_t g, const Vec<T>& x,
   }
 }
 
-// Channels at..at + 15 of image `n` of a block, from planes [group] of Vec, `plane` apart; zeros
-// beyond the last channel.
+// Adds a row of image `n` of a block, from planes [group] of Vec, `plane` apart, to [x][all].
 template <typename T>
-NAS_INLINE Vec<T> image_lanes(const Layout& layout, const Vec<T>* planes, int64_t plane, int64_t n,
-                              int64_t at) {
-  if (layout.group == kLanes) return planes[at / kLanes * plane];
-  alignas(64) T lanes[kLanes] = {};
-  const T* from = reinterpret_cast<const T*>(planes) + n * layout.group;
-  with_count(layout.channels, [&](auto count) { std::memcpy(lanes, from, count * sizeof(T)); });
-  return Vec<T>::load(lanes);
+void add_channels(const Layout& layout, const Vec<T>* planes, int64_t plane, int64_t n,
+                  int64_t width, T* to, int64_t all) {
+  for (int64_t g = 0; g < layout.groups; ++g) {
+    const T* from = reinterpret_cast<const T*>(planes + g * plane) + n * layout.group;
+    T* out = to + g * kLanes;
+    with_count(layout.channels_of(g), [&](auto count) {
+      for (int64_t x = 0; x < width; ++x) {
+        for (int64_t c = 0; c < count; ++c) out[x * all + c] += from[x * kLanes + c];
+      }
+    });
+  }
 }
 
 // Sums of one plane about its first pixel: no cancellation where the mean is far from zero.
@@ -232,7 +246,7 @@ struct Moments {
 
   NAS_INLINE void add_row(const Vec<T>* row, int64_t width, bool first) {
     if (first) {
-      shift = row[0];
+      shift = finite_or_zero(row[0]);  // infinity less infinity would hide which it was
       sum = square = Vec<T>::zero();
     }
     // two accumulators each, so that no addition waits for the one before

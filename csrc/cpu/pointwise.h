@@ -28,8 +28,8 @@ struct Channels {
 
 // Channels of a plane set [group][pixel] of Vec.
 template <typename T>
-Channels<T> plane_channels(const Vec<T>* planes, int64_t plane, int64_t groups) {
-  return {reinterpret_cast<const T*>(planes), kLanes, plane * kLanes, groups * kLanes};
+Channels<T> plane_channels(const Vec<T>* planes, int64_t plane, int64_t channels) {
+  return {reinterpret_cast<const T*>(planes), kLanes, plane * kLanes, channels};
 }
 
 template <int Count, int Outs, typename T>
@@ -118,13 +118,13 @@ NAS_INLINE void lane_product_block(const Vec<T>* in, const Vec<T>* weights, Vec<
   NAS_UNROLL for (int p = 0; p < Count; ++p) out[p] = sum[p];
 }
 
-template <int Group, typename T>
+template <int Group, int Inputs, typename T>
 void lane_product_row(const Vec<T>* in, const Vec<T>* weights, Vec<T>* out, int64_t width,
                       bool accumulate) {
   for_columns<kManyRegisters ? 8 : 2>(0, width, [&](auto block, int64_t x) {
     constexpr int count = decltype(block)::value;
     lane_product_block<Group, count>(in + x, weights, out + x, accumulate,
-                                     std::make_index_sequence<Group>{});
+                                     std::make_index_sequence<Inputs>{});
   });
 }
 
@@ -143,23 +143,27 @@ void lane_product_weight_gradient(const Vec<T>* in, const Vec<T>* gradient, int6
   ((total[I] += even[I] + odd[I]), ...);
 }
 
-// The pointwise convolutions of the mixed operation in either layout of the lanes.
+// The pointwise convolutions of the mixed operation in either layout of the lanes. They are the one
+// place where lanes mix, and read no lanes that hold nothing: there NaN may lie.
 template <typename T>
 struct Pointwise {
-  int64_t group;   // channels in the lanes of one image: 16, or a smaller power of two
-  int64_t groups;  // Vecs that hold the channels of a pixel
+  int64_t group;     // lanes of one image: 16, or a smaller power of two
+  int64_t groups;    // Vecs that hold the channels of a pixel
+  int64_t channels;
 
-  int64_t weights() const { return group == kLanes ? groups * groups * kLanes : group; }  // Vecs
+  int64_t inputs() const { return group == kLanes ? channels : group; }  // rows of a packed matrix
+  int64_t weights() const { return groups * inputs(); }                  // Vecs
 
   // in, out: [group][.] of Vec, groups `in_group` and `out_group` Vecs apart.
   void row(const Vec<T>* in, int64_t in_group, const Vec<T>* weights, Vec<T>* out,
            int64_t out_group, int64_t width, bool accumulate = false) const {
-    with_group([&](auto lanes) {
-      if constexpr (lanes == kLanes) {
-        product_row(plane_channels(in, in_group, groups), weights, groups, out, out_group, width,
+    with_channels([&](auto count) {
+      if constexpr (count == kLanes) {
+        product_row(plane_channels(in, in_group, channels), weights, groups, out, out_group, width,
                     accumulate);
       } else {
-        lane_product_row<lanes>(in, weights, out, width, accumulate);
+        constexpr int lanes = count > 4 ? 8 : count > 2 ? 4 : count;
+        lane_product_row<lanes, count>(in, weights, out, width, accumulate);
       }
     });
   }
@@ -167,7 +171,7 @@ struct Pointwise {
                        int64_t gradient_group, int64_t pixels, Vec<T>* total) const {
     with_group([&](auto lanes) {
       if constexpr (lanes == kLanes) {
-        product_weight_gradient(plane_channels(in, in_group, groups), gradient, groups,
+        product_weight_gradient(plane_channels(in, in_group, channels), gradient, groups,
                                 gradient_group, pixels, total);
       } else {
         lane_product_weight_gradient<lanes>(in, gradient, pixels, total,
@@ -177,6 +181,20 @@ struct Pointwise {
   }
 
  private:
+  template <typename F>
+  void with_channels(F&& f) const {
+    switch (channels) {
+      case 1: return f(std::integral_constant<int, 1>{});
+      case 2: return f(std::integral_constant<int, 2>{});
+      case 3: return f(std::integral_constant<int, 3>{});
+      case 4: return f(std::integral_constant<int, 4>{});
+      case 5: return f(std::integral_constant<int, 5>{});
+      case 6: return f(std::integral_constant<int, 6>{});
+      case 7: return f(std::integral_constant<int, 7>{});
+      case 8: return f(std::integral_constant<int, 8>{});
+      default: return f(std::integral_constant<int, kLanes>{});
+    }
+  }
   template <typename F>
   void with_group(F&& f) const {
     switch (group) {

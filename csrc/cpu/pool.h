@@ -51,10 +51,19 @@ void pool_row_gradient(const Vec<T>* plane, int64_t height, int64_t width, int64
                        const Vec<T>* average_gradient, Vec<T>* input_gradient) {
   const Window rows = Window::of(y, stride, height);
   const int64_t out_width = (width + stride - 1) / stride;
+  const bool finite = all_finite(max_row, out_width);
   for (int64_t x = 0; x < out_width; ++x) {
     const Window columns = Window::of(x, stride, width);
     const Vec<T> high = max_row[x];
     Vec<T> left = max_gradient[x];
+    if (!finite) {
+      Vec<T> of_nan = claim_nan(left, high);
+      for (int64_t r = rows.end - 1; r >= rows.begin; --r) {
+        for (int64_t c = columns.end - 1; c >= columns.begin; --c) {
+          input_gradient[r * width + c] += claim(of_nan, plane[r * width + c], high);
+        }
+      }
+    }
     const Vec<T> average =
         average_gradient[x] * Vec<T>::splat(T(1) / T(rows.count() * columns.count()));
     for (int64_t r = rows.begin; r < rows.end; ++r) {

@@ -21,112 +21,146 @@ void store_statistics(const CellForward<T>& call, int64_t at, int64_t channels, 
   }
 }
 
+// One pointwise convolution: of a whole input, or one of the two halves of a factorised reduction.
+// A half sees every second pixel from (half, half) on and makes half of the state's channels, in
+// Vecs of its own: NaN in one half is none of the other's business.
+struct Part {
+  int input, half;
+  bool halved;
+  int64_t in;             // channels that it sees
+  int64_t first;          // first channel of the state that it makes
+  Layout out;             // of the channels that it makes, one image a block
+
+  int64_t in_groups() const { return (in + kLanes - 1) / kLanes; }
+};
+
 template <typename T>
 class Preprocess {
  public:
-  Preprocess(const CellShape& shape, int64_t threads, Arena& arena, bool transposed)
-      : shape_(shape), geometry_(shape) {
-    const int64_t most = std::max(shape.before_channels, shape.previous_channels);
-    const int64_t wide = geometry_.wide.groups;
-    for (int which = 0; which < 2; ++which) {
-      const int64_t in = channels(which), in_groups = (in + kLanes - 1) / kLanes;
-      weights_[which] = arena.take<Vec<T>>(halves(which) * wide * in);
-      if (!transposed) continue;
-      transposed_[which] = arena.take<Vec<T>>(halves(which) * in_groups * shape.channels);
-      weight_sums_[which] =
-          arena.take<Vec<T>>(geometry_.chunks.count * halves(which) * wide * in);
-      sums_[which] = arena.take<Vec<T>>(2 * shape.images * wide);
+  Preprocess(const CellShape& shape, int64_t threads, Arena& arena, bool backward)
+      : shape_(shape),
+        geometry_(shape),
+        parts_{make_part(0, 0), make_part(shape.previous_reduction ? 0 : 1, 1), make_part(1, 0)},
+        count_(shape.previous_reduction ? 3 : 2) {
+    for (int i = 0; i < count_; ++i) {
+      const Part& part = parts_[i];
+      Own& own = own_[i];
+      own.weights = arena.take<Vec<T>>(part.out.groups * part.in);
+      if (!backward) {
+        own.moments = arena.take<Moments<T>>(shape.images * part.out.groups);
+        continue;
+      }
+      own.transposed = arena.take<Vec<T>>(part.in_groups() * part.out.channels);
+      own.weight_sums = arena.take<Vec<T>>(geometry_.chunks.count * part.out.groups * part.in);
+      own.coefficients = arena.take<Vec<T>>(3 * part.out.groups);
     }
-    moments_ = arena.take<Moments<T>>(2 * shape.images * wide);
+    const int64_t wide = geometry_.wide.groups;
+    sums_ = arena.take<Vec<T>>(backward ? 2 * 2 * shape.images * wide : 0);
+    merged_ = arena.take<double>(backward ? 2 * shape.channels : 0);
+    const int64_t most = std::max(shape.before_channels, shape.previous_channels);
     in_size_ = kStrip * ((most + kLanes - 1) / kLanes) * kLanes;
     in_ = arena.take<T>(threads * in_size_);
     out_size_ = kStrip * wide;
     out_ = arena.take<Vec<T>>(threads * out_size_);
-    coefficients_ = arena.take<Vec<T>>(2 * 3 * wide);
-    if (transposed) merged_ = arena.take<double>(2 * 2 * shape.channels);
   }
 
-  void forward(const CellForward<T>& call, const ThreadPool& pool, double* merged) {
+  // After the states of a chunk's images are made: on_state(input, chunk).
+  template <typename OnState>
+  void forward(const CellForward<T>& call, const ThreadPool& pool, double* merged,
+               OnState&& on_state) {
     const auto& g = geometry_;
-    for (int which = 0; which < 2; ++which) pack(call.weights, which);
+    for (int i = 0; i < count_; ++i) pack(call.weights, parts_[i], own_[i].weights);
     parallel(pool, 2 * g.chunks.count, [&](int64_t unit, int64_t thread) {
       convolve_images(call, int(unit % 2), unit / 2, thread);
     });
-    for (int which = 0; which < 2; ++which) {
-      const int64_t at = shape_.preprocess_statistics(which);
-      if (call.training) {
-        merge_moments(g.wide, moments_ + which * shape_.images * g.wide.groups, g.pixels, merged,
-                      merged + shape_.channels);
-        store_statistics(call, at, shape_.channels, shape_.images * g.pixels, merged,
-                         merged + shape_.channels);
-      }
-      for (int64_t group = 0; group < g.wide.groups; ++group) {
-        Vec<T>* to = coefficients_ + which * 3 * g.wide.groups + group;
-        to[0] = in_lanes<T>(g.wide, call.mean + at, group);
-        to[g.wide.groups] = in_lanes<T>(g.wide, call.reciprocal_deviation + at, group);
-      }
+    for (int i = 0; call.training && i < count_; ++i) {
+      const Part& part = parts_[i];
+      merge_moments(part.out, own_[i].moments, g.pixels, merged, merged + part.out.channels);
+      store_statistics(call, shape_.preprocess_statistics(part.input) + part.first,
+                       part.out.channels, shape_.images * g.pixels, merged,
+                       merged + part.out.channels);
     }
     parallel(pool, 2 * g.chunks.count, [&](int64_t unit, int64_t) {
-      normalise(call.states, int(unit % 2), unit / 2);
+      normalise(call, int(unit % 2), unit / 2);
+      on_state(int(unit % 2), unit / 2);
     });
   }
 
-  // `gradients` [2, N, H, W, C], of the normalised states.
-  void backward(const CellBackward<T>& call, const T* gradients, const ThreadPool& pool) {
+  // Sums of one image's gradient [H, W, C] of the normalised state `input`, and of its product with
+  // the state: what backward needs of each image first.
+  void add_up(const CellBackward<T>& call, const T* gradients, int input, int64_t image) {
     const auto& g = geometry_;
-    parallel(pool, 2 * g.chunks.count, [&](int64_t unit, int64_t) {
-      add_up(call.states, gradients, int(unit % 2), unit / 2);
-    });
-    for (int which = 0; which < 2; ++which) {
-      pack_transposed_halves(call.weights, which);
-      settle_gradient(call, which);
+    const int64_t start = (input * shape_.images + image) * g.pixels * shape_.channels;
+    for (int64_t group = 0; group < g.wide.groups; ++group) {
+      const int64_t count = g.wide.channels_of(group);
+      Vec<T> sum = Vec<T>::zero(), product = Vec<T>::zero();
+      for (int64_t p = 0; p < g.pixels; ++p) {
+        const int64_t at = start + p * shape_.channels + group * kLanes;
+        const Vec<T> gradient = load_channels(gradients + at, count);
+        sum += gradient;
+        product += gradient * load_channels(call.states + at, count);
+      }
+      sums(input, 0)[image * g.wide.groups + group] = sum;
+      sums(input, 1)[image * g.wide.groups + group] = product;
     }
-    parallel(pool, 2 * g.chunks.count, [&](int64_t unit, int64_t thread) {
+  }
+
+  // `gradients` [2, N, H, W, C], of the normalised states. A state that no active operation reads
+  // has none, which is not the same as zeros: their product with NaN is NaN.
+  void backward(const CellBackward<T>& call, const T* gradients, const ThreadPool& pool) {
+    for (int i = 0; i < count_; ++i) pack_back(call.weights, parts_[i], own_[i].transposed);
+    for (int input = 0; input < 2; ++input) settle_gradient(call, input);
+    parallel(pool, 2 * geometry_.chunks.count, [&](int64_t unit, int64_t thread) {
       convolve_back(call, gradients, int(unit % 2), unit / 2, thread);
     });
     if (!call.weights_gradient) return;
-    for (int which = 0; which < 2; ++which) {
-      unpack(which, call.weights_gradient + shape_.preprocess(which));
-    }
+    for (int i = 0; i < count_; ++i) unpack(parts_[i], own_[i], call.weights_gradient);
   }
 
  private:
-  int64_t channels(int which) const {
-    return which ? shape_.previous_channels : shape_.before_channels;
+  struct Own {                     // a part's memory
+    Vec<T>* weights;               // [group][in]
+    Vec<T>* transposed;            // [group of in][channel]
+    Vec<T>* weight_sums;           // [chunk][group][in]
+    Moments<T>* moments;           // [image][group]
+    Vec<T>* coefficients;          // [3][group]
+  };
+
+  Part make_part(int input, int half) const {
+    if (input == 1) return {1, 0, false, shape_.previous_channels, 0, geometry_.wide};
+    const int64_t in = shape_.before_channels, even = shape_.channels / 2;
+    if (!shape_.previous_reduction) return {0, 0, false, in, 0, geometry_.wide};
+    const int64_t out = half ? shape_.channels - even : even;
+    return {0, half, true, in, half ? even : 0, whole_images(shape_.images, out)};
   }
-  int halves(int which) const { return which == 0 && shape_.previous_reduction ? 2 : 1; }
-  // Columns of the weights that half `half` makes: the other half of the outputs gets nothing.
-  int64_t first_column(int which, int half) const {
-    return halves(which) == 2 && half ? shape_.channels / 2 : 0;
+  // Calls f with each part of an input and its memory.
+  template <typename F>
+  void for_parts(int input, F&& f) {
+    for (int i = 0; i < count_; ++i) {
+      if (parts_[i].input == input) f(parts_[i], own_[i]);
+    }
   }
-  int64_t last_column(int which, int half) const {
-    return halves(which) == 2 && !half ? shape_.channels / 2 : shape_.channels;
+  Vec<T>* sums(int input, int product) const {
+    return sums_ + (2 * input + product) * shape_.images * geometry_.wide.groups;
   }
 
-  void pack(const T* weights, int which) {
-    const T* from = weights + shape_.preprocess(which);
-    const int64_t in = channels(which), out = shape_.channels;
-    for (int half = 0; half < halves(which); ++half) {
-      T* to = reinterpret_cast<T*>(weights_[which] + half * geometry_.wide.groups * in);
-      std::fill(to, to + geometry_.wide.groups * in * kLanes, T(0));
-      for (int64_t i = 0; i < in; ++i) {
-        for (int64_t o = first_column(which, half); o < last_column(which, half); ++o) {
-          to[(o / kLanes * in + i) * kLanes + o % kLanes] = from[i * out + o];
-        }
+  void pack(const T* weights, const Part& part, Vec<T>* to) {
+    const T* from = weights + shape_.preprocess(part.input) + part.first;
+    for (int64_t group = 0; group < part.out.groups; ++group) {
+      for (int64_t i = 0; i < part.in; ++i) {
+        to[group * part.in + i] = load_channels(from + i * shape_.channels + group * kLanes,
+                                                part.out.channels_of(group));
       }
     }
   }
-  void pack_transposed_halves(const T* weights, int which) {
-    const T* from = weights + shape_.preprocess(which);
-    const int64_t in = channels(which), out = shape_.channels;
-    const int64_t in_groups = (in + kLanes - 1) / kLanes;
-    for (int half = 0; half < halves(which); ++half) {
-      T* to = reinterpret_cast<T*>(transposed_[which] + half * in_groups * out);
-      std::fill(to, to + in_groups * out * kLanes, T(0));
-      for (int64_t i = 0; i < in; ++i) {
-        for (int64_t o = first_column(which, half); o < last_column(which, half); ++o) {
-          to[(i / kLanes * out + o) * kLanes + i % kLanes] = from[i * out + o];
-        }
+  void pack_back(const T* weights, const Part& part, Vec<T>* transposed) {
+    const T* from = weights + shape_.preprocess(part.input) + part.first;
+    T* to = reinterpret_cast<T*>(transposed);
+    std::fill(to, to + part.in_groups() * part.out.channels * kLanes, T(0));
+    for (int64_t i = 0; i < part.in; ++i) {
+      T* lane = to + i / kLanes * part.out.channels * kLanes + i % kLanes;
+      for (int64_t o = 0; o < part.out.channels; ++o) {
+        lane[o * kLanes] = from[i * shape_.channels + o];
       }
     }
   }
@@ -136,32 +170,31 @@ class Preprocess {
     return before + image * shape_.before_height * shape_.before_width * shape_.before_channels;
   }
 
-  // Where state pixel `p` looks at in the input of one half; -1 beyond its edge.
-  int64_t source(int which, int half, int64_t p) const {
-    if (halves(which) == 1) return p;
-    const int64_t y = 2 * (p / geometry_.width) + half, x = 2 * (p % geometry_.width) + half;
-    return y < shape_.before_height && x < shape_.before_width ? y * shape_.before_width + x : -1;
+  // Row and column that a half's state pixel `p` looks at; they may lie beyond the input's edge.
+  std::pair<int64_t, int64_t> source(const Part& part, int64_t p) const {
+    return {2 * (p / geometry_.width) + part.half, 2 * (p % geometry_.width) + part.half};
   }
 
-  // relu of the input pixels behind a strip of state pixels, [pixel][channel].
-  Channels<T> rectified(const T* image, int which, int half, int64_t p, int64_t count, T* to) const {
-    const int64_t in = channels(which);
+  // relu of the input pixels behind a strip of state pixels, [pixel][channel]; zeros beyond the edge.
+  Channels<T> rectified(const T* image, const Part& part, int64_t p, int64_t count, T* to) const {
     const auto copy = [](const T* from, int64_t numbers, T* into) {
-      for (int64_t i = 0; i < numbers; ++i) into[i] = from[i] < 0 ? T(0) : from[i];
+      int64_t i = 0;
+      for (; i + kLanes <= numbers; i += kLanes) relu(Vec<T>::load(from + i)).store(into + i);
+      for (; i < numbers; ++i) into[i] = from[i] < 0 ? T(0) : from[i];
     };
-    if (halves(which) == 1) {
-      copy(image + p * in, count * in, to);
-      return {to, in, kLanes, in};
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t from = source(which, half, p + i);
-      if (from < 0) {
-        std::fill(to + i * in, to + (i + 1) * in, T(0));
-      } else {
-        copy(image + from * in, in, to + i * in);
+    if (!part.halved) {
+      copy(image + p * part.in, count * part.in, to);
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        const auto [y, x] = source(part, p + i);
+        if (y < shape_.before_height && x < shape_.before_width) {
+          copy(image + (y * shape_.before_width + x) * part.in, part.in, to + i * part.in);
+        } else {
+          std::fill(to + i * part.in, to + (i + 1) * part.in, T(0));
+        }
       }
     }
-    return {to, in, kLanes, in};
+    return {to, part.in, kLanes, part.in};
   }
 
   void convolve_images(const CellForward<T>& call, int which, int64_t chunk, int64_t thread) {
@@ -170,169 +203,174 @@ class Preprocess {
     for (int64_t n = g.first_image(chunk); n < g.last_image(chunk); ++n) {
       const T* image = input(call.before, call.previous, which, n);
       T* state = call.states + (which * shape_.images + n) * g.pixels * shape_.channels;
-      Moments<T>* moments = moments_ + (which * shape_.images + n) * g.wide.groups;
       for (int64_t p = 0; p < g.pixels; p += kStrip) {
         const int64_t count = std::min(kStrip, g.pixels - p);
-        for (int half = 0; half < halves(which); ++half) {
-          const auto in =
-              rectified(image, which, half, p, count, in_ + thread * in_size_);
-          product_row(in, weights_[which] + half * g.wide.groups * in.count, g.wide.groups, out,
-                      kStrip, count, half > 0);
-        }
-        for (int64_t group = 0; group < g.wide.groups; ++group) {
-          moments[group].add_row(out + group * kStrip, count, p == 0);
-        }
-        scatter(g.wide, 0, out, kStrip, count,
-                Images<T>{state + p * shape_.channels, 0, shape_.channels});
+        for_parts(which, [&](const Part& part, const Own& own) {
+          const auto in = rectified(image, part, p, count, in_ + thread * in_size_);
+          product_row(in, own.weights, part.out.groups, out, kStrip, count);
+          for (int64_t group = 0; group < part.out.groups; ++group) {
+            own.moments[n * part.out.groups + group].add_row(out + group * kStrip, count, p == 0);
+          }
+          scatter(part.out, 0, out, kStrip, count,
+                  Images<T>{state + p * shape_.channels + part.first, 0, shape_.channels});
+        });
       }
     }
   }
 
-  void normalise(T* states, int which, int64_t chunk) {
-    const auto& g = geometry_;
-    const Vec<T>* mean = coefficients_ + which * 3 * g.wide.groups;
-    for (int64_t n = g.first_image(chunk); n < g.last_image(chunk); ++n) {
-      T* state = states + (which * shape_.images + n) * g.pixels * shape_.channels;
-      for (int64_t p = 0; p < g.pixels; ++p) {
-        for (int64_t group = 0; group < g.wide.groups; ++group) {
-          T* at = state + p * shape_.channels + group * kLanes;
-          const int64_t count = g.wide.channels_of(group);
-          const Vec<T> x = load_channels<T>(at, count);
-          store_channels((x - mean[group]) * mean[g.wide.groups + group], at, count);
-        }
-      }
-    }
-  }
-
-  // Sums of the gradient and of its product with the normalised state.
-  void add_up(const T* states, const T* gradients, int which, int64_t chunk) {
-    const auto& g = geometry_;
-    for (int64_t n = g.first_image(chunk); n < g.last_image(chunk); ++n) {
-      const int64_t image = (which * shape_.images + n) * g.pixels * shape_.channels;
-      for (int64_t group = 0; group < g.wide.groups; ++group) {
-        const int64_t count = g.wide.channels_of(group);
-        Vec<T> sum = Vec<T>::zero(), product = Vec<T>::zero();
-        for (int64_t p = 0; p < g.pixels; ++p) {
-          const int64_t at = image + p * shape_.channels + group * kLanes;
-          const Vec<T> gradient = load_channels(gradients + at, count);
-          sum += gradient;
-          product += gradient * load_channels(states + at, count);
-        }
-        sums_[which][n * g.wide.groups + group] = sum;
-        sums_[which][(shape_.images + n) * g.wide.groups + group] = product;
-      }
-    }
-  }
-
-  // Coefficients of: convolution's gradient = a * gradient + b + d * state.
-  void settle_gradient(const CellBackward<T>& call, int which) {
+  void normalise(const CellForward<T>& call, int which, int64_t chunk) {
     const auto& g = geometry_;
     const int64_t at = shape_.preprocess_statistics(which);
+    for (int64_t n = g.first_image(chunk); n < g.last_image(chunk); ++n) {
+      T* state = call.states + (which * shape_.images + n) * g.pixels * shape_.channels;
+      for (int64_t group = 0; group < g.wide.groups; ++group) {
+        const int64_t count = g.wide.channels_of(group);
+        const Vec<T> mean = in_lanes<T>(g.wide, call.mean + at, group);
+        const Vec<T> scale = in_lanes<T>(g.wide, call.reciprocal_deviation + at, group);
+        for (int64_t p = 0; p < g.pixels; ++p) {
+          T* to = state + p * shape_.channels + group * kLanes;
+          store_channels((load_channels(to, count) - mean) * scale, to, count);
+        }
+      }
+    }
+  }
+
+  // Coefficients of: convolution's gradient = a * gradient + b + d * state. In evaluation, b and d
+  // are no part of it.
+  void settle_gradient(const CellBackward<T>& call, int which) {
+    const auto& g = geometry_;
+    const T* scale = call.reciprocal_deviation + shape_.preprocess_statistics(which);
     double *sum = merged_, *product = merged_ + shape_.channels;
-    merge_sums(g.wide, sums_[which], sum);
-    merge_sums(g.wide, sums_[which] + shape_.images * g.wide.groups, product);
-    const double each = call.training ? 1.0 / double(shape_.images * g.pixels) : 0.0;
-    for (int64_t c = 0; c < shape_.channels; ++c) {
-      const double scale = double(call.reciprocal_deviation[at + c]);
-      sum[c] *= -scale * each;
-      product[c] *= -scale * each;
+    if (call.training) {
+      const double each = 1.0 / double(shape_.images * g.pixels);
+      merge_sums(g.wide, sums(which, 0), sum);
+      merge_sums(g.wide, sums(which, 1), product);
+      for (int64_t c = 0; c < shape_.channels; ++c) {
+        sum[c] *= -double(scale[c]) * each;
+        product[c] *= -double(scale[c]) * each;
+      }
     }
-    for (int64_t group = 0; group < g.wide.groups; ++group) {
-      Vec<T>* to = coefficients_ + which * 3 * g.wide.groups + group;
-      to[0] = in_lanes<T>(g.wide, call.reciprocal_deviation + at, group);
-      to[g.wide.groups] = in_lanes<T>(g.wide, sum, group);
-      to[2 * g.wide.groups] = in_lanes<T>(g.wide, product, group);
-    }
+    for_parts(which, [&](const Part& part, const Own& own) {
+      const int64_t groups = part.out.groups;
+      for (int64_t group = 0; group < groups; ++group) {
+        Vec<T>* to = own.coefficients + group;
+        to[0] = in_lanes<T>(part.out, scale + part.first, group);
+        if (!call.training) continue;
+        to[groups] = in_lanes<T>(part.out, sum + part.first, group);
+        to[2 * groups] = in_lanes<T>(part.out, product + part.first, group);
+      }
+    });
   }
 
   void convolve_back(const CellBackward<T>& call, const T* gradients, int which, int64_t chunk,
                      int64_t thread) {
     const auto& g = geometry_;
-    const int64_t in = channels(which), in_groups = (in + kLanes - 1) / kLanes;
-    Vec<T>* totals = weight_sums_[which] + chunk * halves(which) * g.wide.groups * in;
-    std::fill(totals, totals + halves(which) * g.wide.groups * in, Vec<T>::zero());
     T* wanted = which ? call.previous_gradient : call.before_gradient;
     if (!wanted && !call.weights_gradient) return;
+    for_parts(which, [&](const Part& part, const Own& own) {
+      const int64_t size = part.out.groups * part.in;
+      std::fill(own.weight_sums + chunk * size, own.weight_sums + (chunk + 1) * size,
+                Vec<T>::zero());
+    });
     Vec<T>* dy = out_ + thread * out_size_;
     T* strip = in_ + thread * in_size_;
-    const Vec<T>* scale = coefficients_ + which * 3 * g.wide.groups;
+    const T* images = input(call.before, call.previous, which, 0);
+    if (shape_.partial == 1 && !any_alive(call.live, which)) {
+      const T* end = input(call.before, call.previous, which, g.last_image(chunk));
+      const T* begin = input(call.before, call.previous, which, g.first_image(chunk));
+      if (wanted) std::fill(wanted + (begin - images), wanted + (end - images), T(0));
+      return;
+    }
     for (int64_t n = g.first_image(chunk); n < g.last_image(chunk); ++n) {
       const T* image = input(call.before, call.previous, which, n);
-      const int64_t size = (which ? g.pixels : shape_.before_height * shape_.before_width) * in;
-      T* to = wanted ? wanted + n * size : nullptr;
-      if (to && halves(which) == 2) std::fill(to, to + size, T(0));
-      const int64_t start = (which * shape_.images + n) * g.pixels * shape_.channels;
+      T* to = wanted ? wanted + (image - images) : nullptr;
       for (int64_t p = 0; p < g.pixels; p += kStrip) {
         const int64_t count = std::min(kStrip, g.pixels - p);
-        for (int64_t group = 0; group < g.wide.groups; ++group) {
-          const int64_t lanes = g.wide.channels_of(group);
-          for (int64_t i = 0; i < count; ++i) {
-            const int64_t at = start + (p + i) * shape_.channels + group * kLanes;
-            dy[group * kStrip + i] = scale[group] * load_channels(gradients + at, lanes) +
-                                     scale[g.wide.groups + group] +
-                                     scale[2 * g.wide.groups + group] *
-                                         load_channels(call.states + at, lanes);
-          }
-        }
-        for (int half = 0; half < halves(which); ++half) {
+        const int64_t at = ((which * shape_.images + n) * g.pixels + p) * shape_.channels;
+        for_parts(which, [&](const Part& part, const Own& own) {
+          gradient_of(call, part, own, gradients + at, call.states + at, count, dy);
           if (call.weights_gradient) {
-            const auto rows = rectified(image, which, half, p, count, strip);
-            product_weight_gradient(rows, dy, g.wide.groups, kStrip, count,
-                                    totals + half * g.wide.groups * in);
+            const auto rows = rectified(image, part, p, count, strip);
+            product_weight_gradient(rows, dy, part.out.groups, kStrip, count,
+                                    own.weight_sums + chunk * part.out.groups * part.in);
           }
-          if (!to) continue;
-          Channels<T> from = plane_channels(dy, kStrip, g.wide.groups);
-          from.count = shape_.channels;
+          if (!to) return;
+          const Channels<T> from{reinterpret_cast<const T*>(dy), kLanes, kStrip * kLanes,
+                                 part.out.channels};
           Vec<T>* row = reinterpret_cast<Vec<T>*>(strip);
-          product_row(from, transposed_[which] + half * in_groups * shape_.channels, in_groups, row,
-                      kStrip, count);
-          store_back(image, which, half, p, count, row, to);
-        }
+          product_row(from, own.transposed, part.in_groups(), row, kStrip, count);
+          store_back(image, part, p, count, row, to);
+        });
+      }
+    }
+  }
+
+  // The gradient of a part's convolution for a strip of pixels, from those of the normalised state.
+  void gradient_of(const CellBackward<T>& call, const Part& part, const Own& own,
+                   const T* gradients, const T* states, int64_t count, Vec<T>* to) const {
+    for (int64_t group = 0; group < part.out.groups; ++group) {
+      const int64_t lanes = part.out.channels_of(group), at = part.first + group * kLanes;
+      const Vec<T>* a = own.coefficients + group;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t pixel = i * shape_.channels + at;
+        Vec<T>& dy = to[group * kStrip + i];
+        dy = *a * load_channels(gradients + pixel, lanes);
+        if (!call.training) continue;
+        dy += a[part.out.groups] + a[2 * part.out.groups] * load_channels(states + pixel, lanes);
       }
     }
   }
 
   // Masks a strip of the input's gradient by its ReLU and puts it where it belongs.
-  void store_back(const T* image, int which, int half, int64_t p, int64_t count, const Vec<T>* row,
+  void store_back(const T* image, const Part& part, int64_t p, int64_t count, const Vec<T>* row,
                   T* to) const {
-    const int64_t in = channels(which);
+    const auto store = [&](int64_t pixel, int64_t i) {
+      for (int64_t c = 0; c < part.in; c += kLanes) {
+        const Vec<T> x = load_channels(image + pixel * part.in + c, part.in - c);
+        store_channels(relu_gradient(row[c / kLanes * kStrip + i], x), to + pixel * part.in + c,
+                       part.in - c);
+      }
+    };
+    if (!part.halved) {
+      for (int64_t i = 0; i < count; ++i) store(p + i, i);
+      return;
+    }
+    // Each half fills every second row: the pixels between those that it sees get zeros.
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t pixel = source(which, half, p + i);
-      if (pixel < 0) continue;
-      for (int64_t c = 0; c < in; c += kLanes) {
-        const Vec<T> x = load_channels(image + pixel * in + c, in - c);
-        store_channels(relu_gradient(row[c / kLanes * kStrip + i], x), to + pixel * in + c, in - c);
+      const auto [y, x] = source(part, p + i);
+      if (y >= shape_.before_height) continue;
+      const int64_t other = x + 1 - 2 * part.half, row_start = y * shape_.before_width;
+      if (x < shape_.before_width) store(row_start + x, i);
+      if (other < shape_.before_width) {
+        T* zeros = to + (row_start + other) * part.in;
+        std::fill(zeros, zeros + part.in, T(0));
       }
     }
   }
 
-  void unpack(int which, T* gradient) const {
-    const int64_t in = channels(which), out = shape_.channels, wide = geometry_.wide.groups;
-    std::fill(gradient, gradient + in * out, T(0));
-    for (int64_t chunk = 0; chunk < geometry_.chunks.count; ++chunk) {
-      for (int half = 0; half < halves(which); ++half) {
-        const T* from = reinterpret_cast<const T*>(
-            weight_sums_[which] + (chunk * halves(which) + half) * wide * in);
-        for (int64_t i = 0; i < in; ++i) {
-          for (int64_t o = first_column(which, half); o < last_column(which, half); ++o) {
-            gradient[i * out + o] += from[(o / kLanes * in + i) * kLanes + o % kLanes];
-          }
+  void unpack(const Part& part, const Own& own, T* gradient) const {
+    gradient += shape_.preprocess(part.input) + part.first;
+    for (int64_t group = 0; group < part.out.groups; ++group) {
+      for (int64_t i = 0; i < part.in; ++i) {
+        Vec<T> total = Vec<T>::zero();
+        for (int64_t chunk = 0; chunk < geometry_.chunks.count; ++chunk) {
+          total += own.weight_sums[(chunk * part.out.groups + group) * part.in + i];
         }
+        store_channels(total, gradient + i * shape_.channels + group * kLanes,
+                       part.out.channels_of(group));
       }
     }
   }
 
   CellShape shape_;
   Geometry<T> geometry_;
-  Vec<T>* weights_[2];
-  Vec<T>* transposed_[2] = {};
-  Vec<T>* weight_sums_[2] = {};  // [chunk][half][group][in]
-  Vec<T>* sums_[2] = {};         // [gradient, product][image][group]
-  Moments<T>* moments_;          // [which][image][group]
-  Vec<T>* coefficients_;         // [which][3][group]
-  double* merged_ = nullptr;
+  Part parts_[3];                  // of the first input one or two, then the second's
+  Own own_[3] = {};
+  int count_;
+  Vec<T>* sums_;                   // [input][gradient, product][image][group]
+  double* merged_;
   int64_t in_size_, out_size_;
-  T* in_;                        // a thread's own
+  T* in_;                          // a thread's own
   Vec<T>* out_;
 };
 

@@ -88,6 +88,25 @@ template <typename T> NAS_INLINE Vec<T> relu_gradient(Vec<T> gradient, const Vec
   return gradient;
 }
 
+// `x` where `mask` is not zero, else `other`. With zeros for `other` this is no product: NaN and
+// infinity go, too.
+template <typename T>
+NAS_INLINE Vec<T> select(const Vec<T>& mask, Vec<T> x, const Vec<T>& other = Vec<T>::zero()) {
+  NAS_UNROLL for (int i = 0; i < Vec<T>::kParts; ++i) {
+    x.part[i] = mask.part[i] != 0 ? x.part[i] : other.part[i];
+  }
+  return x;
+}
+
+// Zeros in the place of NaN and infinity.
+template <typename T> NAS_INLINE Vec<T> finite_or_zero(Vec<T> x) {
+  NAS_UNROLL for (int i = 0; i < Vec<T>::kParts; ++i) {
+    const auto none = x.part[i] - x.part[i];
+    x.part[i] = none == 0 ? x.part[i] : typename Register<T>::type{};
+  }
+  return x;
+}
+
 // The larger one; NaN wins, and of equal ones `a` stays.
 template <typename T> NAS_INLINE Vec<T> maximum(Vec<T> a, const Vec<T>& b) {
   NAS_UNROLL for (int i = 0; i < Vec<T>::kParts; ++i) {
@@ -111,12 +130,31 @@ NAS_INLINE Vec<T> claim(Vec<T>& gradient, const Vec<T>& value, const Vec<T>& max
   return taken;
 }
 
+// Takes from `gradient` the lanes where the maximum is NaN. PyTorch sends these to the last NaN of a
+// window: claim() finds it from the window's end.
+template <typename T> NAS_INLINE Vec<T> claim_nan(Vec<T>& gradient, const Vec<T>& maximum) {
+  using R = typename Register<T>::type;
+  Vec<T> taken;
+  NAS_UNROLL for (int i = 0; i < Vec<T>::kParts; ++i) {
+    const auto hit = maximum.part[i] != maximum.part[i];
+    taken.part[i] = hit ? gradient.part[i] : R{};
+    gradient.part[i] = hit ? R{} : gradient.part[i];
+  }
+  return taken;
+}
+
 template <typename T> NAS_INLINE T sum(const Vec<T>& x, int first, int count) {
   T lanes[kLanes];
   x.store(lanes);
   T total = 0;
   for (int i = first; i < first + count; ++i) total += lanes[i];
   return total;
+}
+
+template <typename T> bool all_finite(const Vec<T>* row, int64_t width) {
+  Vec<T> total = Vec<T>::zero();
+  for (int64_t x = 0; x < width; ++x) total += row[x] - row[x];
+  return sum(total, 0, kLanes) == 0;
 }
 
 // Lane `Channel` of each group of `Group` lanes, spread over the group.

@@ -56,7 +56,7 @@ template <typename T>
 class EdgeWeights {
  public:
   EdgeWeights(const CellShape& shape, const Layout& layout, Arena& arena, bool transposed)
-      : shape_(shape), layout_(layout), pointwise_{layout.group, layout.groups} {
+      : shape_(shape), layout_(layout), pointwise_{layout.group, layout.groups, layout.channels} {
     taps_ = arena.take<Vec<T>>(kEdges * kTaps * layout.groups);
     matrices_ = arena.take<Vec<T>>(kEdges * kConvolutions * pointwise_.weights());
     reduce_ = arena.take<Vec<T>>(kReducing * 2 * pointwise_.weights());
@@ -119,7 +119,7 @@ class EdgeWeights {
   // Columns first..last of a [c][c] matrix, the others zero, for either layout of the lanes.
   void pack_square(const T* from, int64_t first, int64_t last, const Vec<T>* packed, bool turn) {
     auto* to = const_cast<Vec<T>*>(packed);
-    const int64_t c = shape_.mixed(), inputs = layout_.groups * layout_.group;
+    const int64_t c = shape_.mixed(), inputs = pointwise_.inputs();
     if (last - first == c && c % kLanes == 0) {
       if (turn) return pack_transposed(from, c, c, to);
       return pack_matrix(from, c, c, to);

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ HASHES = "image_hashes"
 class SourceCard:
     """One data set that a supernet was searched on.
 
-    ``classes`` many columns of the classifier are its own, after those of the sources before it.
+    ``classes`` many columns of the classifier are its own, after those of the sources before it;
+    ``mean`` and ``std`` are of its pixels in 0..1, per channel.
     """
 
     name: str
@@ -39,16 +41,27 @@ class SourceCard:
     channels: int
     height: int
     width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a size below 1, which a file may have made up."""
+        """Raises ValueError for what a file may have made up."""
         if min(self.images, self.classes, self.channels, self.height, self.width) < 1:
             raise ValueError(f"the source '{self.name}' has a size below 1")
+        if not len(self.mean) == len(self.std) == self.channels or not min(self.std) > 0:
+            raise ValueError(f"the source '{self.name}' has an impossible scale of its pixels")
 
     @staticmethod
     def of(task: ImageTask) -> SourceCard:
         """The card of ``task``."""
-        return SourceCard(task.name, task.digest, len(task.labels), **asdict(task.shape))
+        return SourceCard(
+            task.name,
+            task.digest,
+            len(task.labels),
+            **asdict(task.shape),
+            mean=tuple(task.mean),
+            std=tuple(task.std),
+        )
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,20 @@ class Card:
         if not (math.isfinite(self.seconds) and self.seconds >= 0):
             raise ValueError(f"a search does not take {self.seconds} seconds")
 
+    @property
+    def scale(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of pixels per channel: what the stem is used to.
+
+        Of several sources, the means of theirs, grey ones repeated in every channel.
+        """
+        channels = max(source.channels for source in self.sources)
+
+        def shared(values: list[tuple[float, ...]]) -> tuple[float, ...]:
+            full = [own * channels if len(own) == 1 else own for own in values]
+            return tuple(map(fmean, zip(*full, strict=True)))
+
+        return shared([s.mean for s in self.sources]), shared([s.std for s in self.sources])
+
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Card:
         """Read what ``dataclasses.asdict`` gave.
@@ -97,6 +124,8 @@ class Card:
                     field: int(source[field])
                     for field in ("images", "classes", "channels", "height", "width")
                 },
+                mean=tuple(map(float, source["mean"])),
+                std=tuple(map(float, source["std"])),
             )
             for source in value["sources"]
         )

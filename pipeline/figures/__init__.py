@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pipeline.figures.cells import draw_cells
 from pipeline.figures.curves import draw_alphas, draw_learning_curves, draw_search_curves
+from pipeline.figures.distances import draw_distances, draw_map, nearest
 from pipeline.figures.results import NetworkAccuracies, draw_comparison, draw_confusion
 
 __all__ = [
@@ -16,6 +17,9 @@ __all__ = [
     "draw_cells",
     "draw_comparison",
     "draw_confusion",
+    "draw_distances",
     "draw_learning_curves",
+    "draw_map",
     "draw_search_curves",
+    "nearest",
 ]

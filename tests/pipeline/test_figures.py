@@ -23,9 +23,13 @@ from pipeline.figures import (
     draw_cells,
     draw_comparison,
     draw_confusion,
+    draw_distances,
     draw_learning_curves,
+    draw_map,
     draw_search_curves,
+    nearest,
 )
+from pipeline.figures.distances import planar_map
 from pipeline.figures.style import BLUE, GREY, family_of, short_name
 
 
@@ -279,3 +283,43 @@ def test_figures_save_without_complaint(
     draw().savefig(file, format="png")
     assert file.getvalue().startswith(b"\x89PNG")
     assert not recwarn.list
+
+
+class TestDistances:
+    PLACES = np.array([[0, 0], [3, 0], [0, 4], [10, 1.0]])
+    MATRIX = np.linalg.norm(PLACES[:, None] - PLACES[None], axis=-1)
+    NAMES = ("a", "b", "c", "d")
+
+    def test_nearest_is_another(self) -> None:
+        assert nearest(self.MATRIX) == [1, 0, 0, 1]
+
+    def test_heat_map_has_the_values_and_frames_the_nearest(self) -> None:
+        axes = draw_distances(self.MATRIX, self.NAMES).axes[0]
+        others = ~np.eye(4, dtype=bool)
+        np.testing.assert_array_equal(axes.images[0].get_array()[others], self.MATRIX[others])
+        texts = [text.get_text() for text in axes.texts]
+        assert texts == [f"{value:.4g}" for value in self.MATRIX[others]]
+        frames = [(patch.get_y() + 0.5, patch.get_x() + 0.5) for patch in axes.patches]
+        assert frames == [(0, 1), (1, 0), (2, 0), (3, 1)]
+
+    def test_map_keeps_the_distances_of_a_plane(self) -> None:
+        places, share = planar_map(self.MATRIX)
+        assert share == pytest.approx(1)
+        again = np.linalg.norm(places[:, None] - places[None], axis=-1)
+        np.testing.assert_allclose(again, self.MATRIX, atol=1e-9)
+        axes = draw_map(self.MATRIX, self.NAMES).axes[0]
+        assert [text.get_text() for text in axes.texts] == list(self.NAMES)
+        assert "100% of the squared distances" in axes.get_title(loc="left")
+
+    def test_map_of_more_than_a_plane_says_so(self) -> None:
+        """Four sets at equal distances are a tetrahedron: a plane has two of its three axes."""
+        _, share = planar_map(1 - np.eye(4))
+        assert share == pytest.approx(2 / 3)
+
+    @pytest.mark.parametrize("count", [2, 30])
+    def test_few_and_many_sets(self, count: int) -> None:
+        rng = np.random.default_rng(0)
+        upper = np.triu(rng.random((count, count)), 1)
+        names = [f"set {k}" for k in range(count)]
+        for figure in (draw_distances(upper + upper.T, names), draw_map(upper + upper.T, names)):
+            FigureCanvasAgg(figure).draw()

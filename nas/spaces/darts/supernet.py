@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -206,7 +206,23 @@ class Supernet(nn.Module):
         second-order DARTS); ``update_statistics=False`` then leaves the running statistics.
         """
         flat = self.weights if weights is None else weights
-        stem, *cells, classifier = (piece for _, _, piece in self._pieces(flat))
+        *trunk, classifier = (piece for _, _, piece in self._pieces(flat))
+        head = self.classifier.unpack(classifier)
+        pooled = self._pooled(images, mixing, trunk, update_statistics)
+        return pooled @ head["matrix"] + head["bias"]
+
+    def features(self, images: Tensor, mixing: Mixing) -> Tensor:
+        """What the classifier is given: [N, 4 C of the last cell], the mean over the last map.
+
+        Running statistics stay as they are.
+        """
+        *trunk, _ = (piece for _, _, piece in self._pieces(self.weights))
+        return self._pooled(images, mixing, trunk, update_statistics=False)
+
+    def _pooled(
+        self, images: Tensor, mixing: Mixing, trunk: Sequence[Tensor], update_statistics: bool
+    ) -> Tensor:
+        stem, *cells = trunk
         statistics = self._statistics(update_statistics)
         active = mixing.live()
         mixed_cell = self.backend.mixed_cell(images.device)
@@ -224,8 +240,7 @@ class Supernet(nn.Module):
                 None if active is None else active[kind],
             )
             before, previous = previous, output
-        head = self.classifier.unpack(classifier)
-        return previous.mean((2, 3)) @ head["matrix"] + head["bias"]
+        return previous.mean((2, 3))
 
     def _stem(self, images: Tensor, weights: Tensor, statistics: Statistics) -> Tensor:
         stem = self.stem.unpack(weights)

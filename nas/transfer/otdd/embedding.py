@@ -6,16 +6,21 @@ Distances can be compared only within one embedding, so every embedding has a di
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nas.data import ImageTask
 from nas.data.scaling import scale_to_cover
+from nas.data.splits import balanced_subset
 from nas.errors import ConfigurationError
+from nas.randomness import generator
 
 SIDE = 8  # pixels; with three colours 192 dimensions, in which covariances stay affordable
+COMPONENTS, PCA_SIDE = 64, 16  # of the pixels of 16 x 16 colour images
+PCA_IMAGES = 2000  # of each data set
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2
 
 
@@ -53,6 +58,54 @@ def pixels(side: int = SIDE, channels: int = 3) -> Embedding:
     return Embedding(
         f"pixels at {side}x{side}x{channels}", digest_of("pixels", side, channels), embed
     )
+
+
+def principal_components(
+    tasks: Sequence[ImageTask],
+    *,
+    components: int = COMPONENTS,
+    side: int = PCA_SIDE,
+    channels: int = 3,
+) -> Embedding:
+    """The first principal components of raw pixels, fitted to as many images of each of ``tasks``.
+
+    Pixels as in :func:`pixels`; neither scaled nor whitened, so distances keep their units and are
+    never larger than those of the pixels. Distances of these sets only: another collection has
+    other components, and another digest. Test splits are not looked at.
+
+    Raises:
+        ConfigurationError: no task, or not at least one component.
+    """
+    if not tasks or components < 1:
+        raise ConfigurationError(
+            f"principal components need a data set and at least 1 component, not {len(tasks)} "
+            f"and {components}"
+        )
+    raw = pixels(side, channels)
+    tasks = sorted(tasks, key=lambda task: task.digest)
+    sample = torch.cat([_sample(task, raw) for task in tasks]).double()
+    mean = sample.mean(0)
+    centred = sample - mean
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors  # the largest last
+    basis = axes.flip(1)[:, :components]  # [pixels, components]
+
+    def embed(images: Tensor) -> Tensor:
+        return ((raw(images) - mean) @ basis).float()
+
+    digests = [task.digest for task in tasks]
+    return Embedding(
+        f"{basis.shape[1]} principal components of {raw.name}",
+        digest_of("pca", components, side, channels, *digests),
+        embed,
+    )
+
+
+def _sample(task: ImageTask, raw: Embedding) -> Tensor:
+    """Pixels of at most PCA_IMAGES images of ``task``, evenly from its classes."""
+    pool = torch.cat([task.splits.train, task.splits.val]).sort().values
+    rng = generator(0, "otdd", "components")
+    chosen = pool[balanced_subset(task.labels[pool], PCA_IMAGES, rng)]
+    return torch.cat([raw(task.images.gather(chunk)) for chunk in chosen.split(256)])
 
 
 def to_common(images: Tensor, side: int, channels: int) -> Tensor:

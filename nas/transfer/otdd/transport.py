@@ -14,6 +14,7 @@ from nas.randomness import generator
 PIVOTS = 10_000_000  # far more than the network simplex needs for any size that fits in memory
 ROUNDS = 5000  # of Sinkhorn's updates at the last regularisation
 TOLERANCE = 1e-6  # distance of the plan's margins from the weights, as Sinkhorn measures it
+SAFE_EXPONENT = 500  # float64 holds exp(-700)
 COOLING = 0.25  # from one regularisation to the next smaller one
 
 
@@ -34,14 +35,38 @@ def exact_cost(a: Tensor, b: Tensor, cost: Tensor) -> float:
 def entropic_cost(a: Tensor, b: Tensor, cost: Tensor, epsilon: float) -> float:
     """min <P, cost> + epsilon KL(P | a b^T), in the units of ``cost`` [n, m].
 
-    Sinkhorn's updates of the logarithms, from a strong regularisation to ``epsilon``: a start
-    that is warm needs far fewer of them where ``epsilon`` is small.
-
     Raises:
-        NASError: they do not settle.
+        NASError: Sinkhorn's iteration does not settle.
+    """
+    in_range = float(cost.max()) < SAFE_EXPONENT * epsilon
+    log_u, log_v, error = (_plain if in_range else _logarithmic)(a, b, cost, epsilon)
+    if error > TOLERANCE:
+        raise NASError(
+            f"Sinkhorn's iteration does not settle at a regularisation of {epsilon:.3g}: take a "
+            "larger one, or the exact outer problem"
+        )
+    # the value of the dual problem, which forgives an inexact plan to second order
+    value = (a * (log_u - a.log())).sum() + (b * (log_v - b.log())).sum()
+    return epsilon * float(value)
+
+
+def _plain(a: Tensor, b: Tensor, cost: Tensor, epsilon: float) -> tuple[Tensor, Tensor, float]:
+    """Logarithms of the scalings u, v and the error: two products with a matrix a round."""
+    _, log = ot.bregman.sinkhorn_knopp(
+        a, b, cost, epsilon, numItermax=ROUNDS, stopThr=TOLERANCE, log=True, warn=False
+    )
+    return log["u"].log(), log["v"].log(), float(log["err"][-1])
+
+
+def _logarithmic(
+    a: Tensor, b: Tensor, cost: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, float]:
+    """The same where exponentials would underflow: many times the work a round.
+
+    From a strong regularisation to ``epsilon``, since a start that is warm needs far fewer rounds.
     """
     start = None
-    current = max(epsilon, float(cost.max()))
+    current = float(cost.max())
     while True:
         last = current == epsilon
         _, log = ot.bregman.sinkhorn_log(
@@ -56,18 +81,10 @@ def entropic_cost(a: Tensor, b: Tensor, cost: Tensor, epsilon: float) -> float:
             warmstart=start,
         )
         if last:
-            break
+            return log["log_u"], log["log_v"], float(log["err"][-1])
         cooler = max(epsilon, current * COOLING)
         start = (log["log_u"] * (current / cooler), log["log_v"] * (current / cooler))
         current = cooler
-    if float(log["err"][-1]) > TOLERANCE:
-        raise NASError(
-            f"Sinkhorn's iteration does not settle at a regularisation of {epsilon:.3g}: take a "
-            "larger one, or the exact outer problem"
-        )
-    # the value of the dual problem, which forgives an inexact plan to second order
-    value = (a * (log["log_u"] - a.log())).sum() + (b * (log["log_v"] - b.log())).sum()
-    return epsilon * float(value)
 
 
 def sliced_cost(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -14,7 +15,7 @@ from sketches import blobs, sketch_of
 from torch import Tensor
 
 from nas.errors import ConfigurationError, NASError, UnknownNameError
-from nas.transfer.otdd import DatasetSketch, OTDDConfig, distance, squared_distance
+from nas.transfer.otdd import OTDDConfig, distance, squared_distance
 from nas.transfer.otdd.distance import ground_cost
 from nas.transfer.otdd.labels import LABEL_DISTANCES, bures_squared
 
@@ -148,7 +149,7 @@ def test_uneven_points_weigh_as_their_classes_do() -> None:
     sketch = sketch_of(few, torch.tensor([0] * 6 + [1] * 2))
     torch.testing.assert_close(sketch.weights, torch.full((8,), 1 / 8, dtype=torch.float64))
     whole = sketch_of(features, labels)
-    sampled = DatasetSketch(**{**vars(whole), "counts": torch.tensor([30, 10])})
+    sampled = replace(whole, counts=torch.tensor([30, 10]))
     assert float(sampled.weights[:6].sum()) == pytest.approx(0.75)
 
 
@@ -161,7 +162,7 @@ class TestBadInput:
 
     def test_two_embeddings(self) -> None:
         a = sketch_of(*blobs(0))
-        b = DatasetSketch(**{**vars(a), "embedding": "another"})
+        b = replace(a, embedding="another")
         with pytest.raises(ConfigurationError, match="different embeddings"):
             distance(a, b)
 
@@ -228,10 +229,7 @@ class TestSliced:
         """Two points of weight 1/2 and 1/2 are four, two of them twice."""
         features, labels = blobs(0, classes=2, images=4)
         a, b = sketch_of(features, labels), sketch_of(*blobs(1, classes=2, images=4))
-        values = {name: getattr(a, name) for name in vars(a) if name in a.__dataclass_fields__}
-        twice = DatasetSketch(
-            **{**values, "points": a.points.repeat(2, 1), "labels": a.labels.repeat(2)}
-        )
+        twice = replace(a, points=a.points.repeat(2, 1), labels=a.labels.repeat(2))
         expected = distance(a, b, self.CONFIG)
         assert distance(twice, b, self.CONFIG) == pytest.approx(expected, rel=1e-9)
 
@@ -244,3 +242,12 @@ def test_an_iteration_that_does_not_settle_is_an_error() -> None:
     a, b = sketch_of(*blobs(0)), sketch_of(*blobs(1))
     with pytest.raises(NASError, match="take a larger one, or the exact outer problem"):
         distance(a, b, OTDDConfig(outer="entropic", regularisation=0.001))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.1])
+def test_both_ways_to_iterate_agree(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    a, b = sketch_of(*blobs(0)), sketch_of(*blobs(1))
+    config = OTDDConfig(outer="entropic", regularisation=share, debiased=False)
+    plain = squared_distance(a, b, config)
+    monkeypatch.setattr("nas.transfer.otdd.transport.SAFE_EXPONENT", 0)
+    assert squared_distance(a, b, config) == pytest.approx(plain, rel=1e-6)

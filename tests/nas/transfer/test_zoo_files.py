@@ -52,7 +52,19 @@ def test_the_card_is_json_and_back(entry: ZooEntry) -> None:
 
 
 def test_the_card_of_a_source(few_digits: ImageTask) -> None:
-    assert SourceCard.of(few_digits) == SourceCard("digits", few_digits.digest, 200, 10, 1, 8, 8)
+    assert SourceCard.of(few_digits) == SourceCard(
+        "digits", few_digits.digest, 200, 10, 1, 8, 8, few_digits.mean, few_digits.std
+    )
+
+
+def test_the_scale_of_several_sources() -> None:
+    """The mean of a grey set, repeated, and a coloured one."""
+    grey = SourceCard("a", "1", 9, 2, 1, 8, 8, (0.5,), (0.25,))
+    colour = SourceCard("b", "2", 9, 2, 3, 8, 8, (0.1, 0.2, 0.3), (0.75, 0.25, 0.25))
+    card = Card("darts", 0, (grey, colour), (0.5,), 1.0)
+    mean, std = card.scale
+    assert mean == pytest.approx((0.3, 0.35, 0.4))
+    assert std == pytest.approx((0.5, 0.25, 0.25))
 
 
 class TestOverlap:
@@ -124,6 +136,8 @@ def edited(path: Path, change: Callable[[dict, dict], object]) -> Path:
         (lambda t, v: v["about"].update(seconds=float("inf")), "does not take inf seconds"),
         (lambda t, v: v["about"]["sources"][0].update(classes=3), "10 classes, but its sources"),
         (lambda t, v: v["about"]["sources"][0].update(images=0), "size below 1"),
+        (lambda t, v: v["about"]["sources"][0].update(std=[0.0]), "impossible scale"),
+        (lambda t, v: v["about"]["sources"][0].update(mean=[]), "impossible scale"),
         (lambda t, v: v.update(kind="network"), "holds no supernet"),
         (lambda t, v: v.update(about=7), "describes no supernet"),
     ],
