@@ -29,7 +29,13 @@ from benchmarks.supernet.agreement import check_agreement
 from benchmarks.supernet.floors import Floor, Rates, find_floors, measure_rates
 from benchmarks.supernet.machine import describe_machine, load_average, second_core_is_there
 from benchmarks.supernet.memory import Memory, measure_memory
-from benchmarks.supernet.opponents import IMPLEMENTATIONS, Opponent, make_opponent, take_turn
+from benchmarks.supernet.opponents import (
+    IMPLEMENTATIONS,
+    Opponent,
+    make_opponent,
+    stored_in,
+    take_turn,
+)
 from benchmarks.supernet.report import Row, draw, floor_tables, row_tables, write_json
 from benchmarks.supernet.setting import (
     METHODS,
@@ -103,7 +109,7 @@ def _measure(
         except UnavailableError as error:
             say(f"  {name} is left out: {error}")
             continue
-        check_agreement(name, opponent.evidence(), reference)
+        check_agreement(name, opponent.evidence(), reference, stored_in(name))
         opponents[name] = opponent
         if name == "compile":
             say(f"  compile: {memory[name].first_seconds:.0f} s until the first turn was over")
@@ -115,7 +121,8 @@ def _measure(
     return [
         Row(
             setting,
-            name,
+            name.partition(" ")[0],
+            stored_in(name),
             phase,
             threads,
             summarise(samples[name], phase, budget.least),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nas.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from nas.data import Batch, Batches
+from nas.data import Batch
 from nas.errors import CheckpointError, NonFiniteLossError
 from nas.observer import VALIDATION, BatchEvent, EpochRecord, Observer
 
@@ -125,6 +125,10 @@ class ResumableLoop(ABC, Generic[Item]):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`tensors` gave."""
 
+    def is_done(self) -> bool:
+        """Whether no epoch is left; a function of what the checkpoint holds."""
+        return self.epoch >= self.epochs
+
     def run_epochs(self, checkpoint: Path | None, observer: Observer) -> None:
         """Run to the end, from ``checkpoint`` where that file exists.
 
@@ -139,7 +143,7 @@ class ResumableLoop(ABC, Generic[Item]):
             self.watch, self.epoch_watch = Stopwatch(), Stopwatch()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        while self.epoch < self.epochs:
+        while not self.is_done():
             self._run_epoch(checkpoint, observer)
             record = EpochRecord(self.epoch, self.summarise(observer))
             self.records.append(record)
@@ -152,31 +156,33 @@ class ResumableLoop(ABC, Generic[Item]):
     def validate(
         self,
         scores_of: Callable[[Batch], Tensor],
-        batches: Batches,
+        batches: Iterable[Batch],
+        count: int,
         observer: Observer,
         where: str,
         *,
-        part: int = 0,
-        parts: int = 1,
+        done: int = 0,
+        total: int | None = None,
     ) -> tuple[float, float]:
-        """Mean cross-entropy in nats and accuracy (0..1) over one epoch of ``batches``.
+        """Mean cross-entropy in nats and accuracy (0..1) over ``batches``.
 
         Args:
             scores_of: class scores [B, classes] of a batch, without gradients.
+            count: number of batches.
             where: what is measured, for the message of an error.
-            part, parts: which of an epoch's several validations this is; their batches are
-                counted on.
+            done, total: batches validated before these in this epoch, and all that will be, for
+                ``observer``.
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite.
         """
         meter, unreported = Meter(self.device), 0
-        for number, batch in enumerate(batches.epoch(), 1):
+        for number, batch in enumerate(batches, 1):
             scores = scores_of(batch)
             meter.add(F.cross_entropy(scores, batch.labels), scores, batch.labels)
             unreported += batch.labels.numel()
-            if self._is_due(number, len(batches)):
-                progress = (part * len(batches) + number, parts * len(batches))
+            if self._is_due(number, count):
+                progress = (done + number, total or count)
                 observer.on_batch(self._event(VALIDATION, *progress, unreported, meter.read(where)))
                 unreported = 0
         return meter.read(where)

@@ -197,7 +197,11 @@ class Training(ResumableLoop[Batch]):
         loss, accuracy = self.meter.read(f"epoch {self.epoch + 1}")
         with evaluating(self.network):
             validation_loss, validation_accuracy = self.validate(
-                self._scores, self.validation_batches, observer, "the validation split"
+                self._scores,
+                self.validation_batches.epoch(),
+                len(self.validation_batches),
+                observer,
+                "the validation split",
             )
         return {
             "train/loss": loss,

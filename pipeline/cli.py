@@ -5,33 +5,40 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import typer
 
 from nas.architecture import Skeleton
-from nas.data.catalog import FOLDER_PREFIX
 from nas.errors import NASError
 from nas.ops.backend import AUTO, FLOAT32
-from nas.search import Method, SearchConfig, find_method
-from nas.training import TrainConfig
-from nas.transfer.cell import parse_macs
+from nas.search import find_method
+from nas.search.sources import SQUARE_ROOT
 from nas.transfer.otdd import OTDDConfig
+from nas.transfer.supernet import BOTH
 from pipeline import options as o
+from pipeline.asked import (
+    default_model_name,
+    is_data_set,
+    macs_limit,
+    search_config,
+    split_names,
+    stack,
+    train_config,
+    warm_settings,
+)
 from pipeline.console import complain
 from pipeline.distance import DistanceSettings, measure
 from pipeline.evaluate import EvaluateSettings, evaluate
 from pipeline.job import Machine
-from pipeline.presets import Preset, find_preset
+from pipeline.presets import find_preset
+from pipeline.pretrain import PretrainSettings, pretrain
 from pipeline.retrain import RetrainSettings, retrain
 from pipeline.search import SearchSettings, search
 from pipeline.settings import CompareSettings, DataSettings, StackSettings
 from pipeline.transfer import TransferSettings, transfer
 
 FAILED, INTERRUPTED = 1, 130  # 130 is what a shell reports for Ctrl-C
-FLAGS = ("--fresh", "--verbose", "--debiased")
+FLAGS = ("--fresh", "--verbose", "--each", "--contribute", "--debiased")
 
 app = typer.Typer(
     help="Search an architecture on one data set, transfer it to another, train it, compare it "
@@ -47,10 +54,14 @@ app = typer.Typer(
 @app.command("transfer")
 def transfer_command(
     context: typer.Context,
-    source: o.Source = "digits",
+    source: o.TransferSource = "digits",
     target: o.Target = "animals",
     method: o.MethodName = "darts",
     transfer_by: o.TransferName = "cell",
+    warm_what: o.WarmWhat = BOTH,
+    alpha_temperature: o.AlphaTemperature = 1.0,
+    learning_rate_scale: o.LearningRateScale = 1.0,
+    contribute: o.Contribute = False,
     preset: o.PresetName = "quick",
     seeds: o.Seeds = 3,
     seed: o.Seed = 0,
@@ -62,6 +73,7 @@ def transfer_command(
     search_batch_size: o.SearchBatchSize = None,
     search_channels: o.SearchChannels = None,
     search_cells: o.SearchCells = None,
+    stop: o.Stop = "",
     channels: o.Channels = None,
     cells: o.Cells = None,
     max_macs: o.MaxMacs = None,
@@ -84,22 +96,33 @@ def transfer_command(
     space, trained by the same recipe, and with a version in the model registry.
     """
     scale, searcher = find_preset(preset), find_method(method)
+    data_set = None
+    if transfer_by != "supernet" or is_data_set(source):
+        data_set = DataSettings(source, source_size, source_limit, scale.largest)
     transfer(
         TransferSettings(
             transfer=transfer_by,
-            source=DataSettings(source, source_size, source_limit, scale.largest),
+            source=data_set,
             target=DataSettings(target, target_size, target_limit, scale.largest),
             method=searcher,
-            search=_search_config(
-                scale, searcher, search_epochs, search_batch_size, search_channels, search_cells
+            search=search_config(
+                scale,
+                searcher,
+                search_epochs,
+                search_batch_size,
+                search_channels,
+                search_cells,
+                stop,
             ),
-            stack=_stack(scale, channels, cells, max_macs, stem),
+            stack=stack(scale, channels, cells, max_macs, stem),
             compare=CompareSettings(
-                training=_train_config(scale, train_epochs, train_batch_size),
+                training=train_config(scale, train_epochs, train_batch_size),
                 seeds=seeds,
                 seed=seed,
-                model_name=model_name or _model_name(target),
+                model_name=model_name or default_model_name(target),
             ),
+            warm=warm_settings(source, data_set, warm_what, alpha_temperature, learning_rate_scale),
+            contribute=contribute,
         ),
         Machine(
             device,
@@ -120,6 +143,11 @@ def search_command(
     context: typer.Context,
     source: o.Source = "digits",
     method: o.MethodName = "darts",
+    warm_start: o.WarmStartName = "",
+    warm_what: o.WarmWhat = BOTH,
+    alpha_temperature: o.AlphaTemperature = 1.0,
+    learning_rate_scale: o.LearningRateScale = 1.0,
+    contribute: o.Contribute = False,
     preset: o.PresetName = "quick",
     seed: o.Seed = 0,
     source_size: o.SourceSize = None,
@@ -128,6 +156,7 @@ def search_command(
     search_batch_size: o.SearchBatchSize = None,
     search_channels: o.SearchChannels = None,
     search_cells: o.SearchCells = None,
+    stop: o.Stop = "",
     device: o.Device = "auto",
     backend: o.Backend = AUTO,
     storage: o.Storage = FLOAT32,
@@ -138,12 +167,77 @@ def search_command(
 ) -> None:
     """Search only: genotype, supernet and pictures of one search on one data set."""
     scale, searcher = find_preset(preset), find_method(method)
-    config = _search_config(
-        scale, searcher, search_epochs, search_batch_size, search_channels, search_cells
+    config = search_config(
+        scale, searcher, search_epochs, search_batch_size, search_channels, search_cells, stop
     )
+    warm = None
+    if warm_start:
+        data_set = (
+            DataSettings(warm_start, source_size, source_limit, scale.largest)
+            if is_data_set(warm_start)
+            else None
+        )
+        warm = warm_settings(
+            warm_start, data_set, warm_what, alpha_temperature, learning_rate_scale
+        )
+    asked = DataSettings(source, source_size, source_limit, scale.largest)
     search(
-        SearchSettings(
-            DataSettings(source, source_size, source_limit, scale.largest), searcher, config, seed
+        SearchSettings(asked, searcher, config, seed, warm, contribute),
+        Machine(
+            device, workers, None, scale.threads, data, fresh, _options(context), backend, storage
+        ),
+    )
+
+
+@app.command("pretrain")
+def pretrain_command(
+    context: typer.Context,
+    sources: o.Sources = "digits",
+    each: o.Each = False,
+    sampling: o.Sampling = SQUARE_ROOT,
+    method: o.MethodName = "darts",
+    preset: o.PresetName = "quick",
+    seed: o.Seed = 0,
+    source_size: o.SourceSize = None,
+    source_limit: o.SourceLimit = None,
+    search_epochs: o.SearchEpochs = None,
+    search_batch_size: o.SearchBatchSize = None,
+    search_channels: o.SearchChannels = None,
+    search_cells: o.SearchCells = None,
+    stop: o.Stop = "",
+    device: o.Device = "auto",
+    backend: o.Backend = AUTO,
+    storage: o.Storage = FLOAT32,
+    workers: o.Workers = 0,
+    data: o.DataRoot = None,
+    fresh: o.Fresh = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Search supernets and register them, for other searches to begin with.
+
+    Several sources share one supernet with a head each. A later `transfer --transfer supernet
+    --source auto` takes the registered supernet that is nearest to its target.
+    """
+    scale, searcher = find_preset(preset), find_method(method)
+    pretrain(
+        PretrainSettings(
+            sources=tuple(
+                DataSettings(name, source_size, source_limit, scale.largest)
+                for name in split_names(sources)
+            ),
+            method=searcher,
+            config=search_config(
+                scale,
+                searcher,
+                search_epochs,
+                search_batch_size,
+                search_channels,
+                search_cells,
+                stop,
+            ),
+            seed=seed,
+            sampling=sampling,
+            each=each,
         ),
         Machine(
             device, workers, None, scale.threads, data, fresh, _options(context), backend, storage
@@ -182,12 +276,12 @@ def retrain_command(
             architecture=architecture,
             target=DataSettings(target, target_size, target_limit, scale.largest),
             skeleton=Skeleton("cifar", scale.channels, scale.cells),
-            stack=StackSettings(channels, cells, _limit(max_macs), stem),
+            stack=StackSettings(channels, cells, macs_limit(max_macs), stem),
             compare=CompareSettings(
-                training=_train_config(scale, train_epochs, train_batch_size),
+                training=train_config(scale, train_epochs, train_batch_size),
                 seeds=seeds,
                 seed=seed,
-                model_name=model_name or _model_name(target),
+                model_name=model_name or default_model_name(target),
             ),
         ),
         Machine(device, workers, parallel, scale.threads, data, fresh, _options(context)),
@@ -303,54 +397,3 @@ def _with_hyphens(option: str) -> str:
     """ "--source_size=8" as "--source-size=8"; a value keeps its underscores."""
     name, equals, value = option.partition("=")
     return name.replace("_", "-") + equals + value
-
-
-def _search_config(
-    preset: Preset,
-    method: Method,
-    epochs: int | None,
-    batch_size: int | None,
-    channels: int | None,
-    cells: int | None,
-) -> SearchConfig:
-    config = preset.search(method)
-    if epochs is not None:
-        # the share of epochs in which the alphas wait stays the paper's
-        paper = method.paper_config()
-        warmup = min(epochs - 1, round(epochs * paper.warmup_epochs / paper.epochs))
-        config = replace(config, epochs=epochs, warmup_epochs=warmup)
-    supernet = replace(config.supernet, **_given(channels=channels, cells=cells))
-    return replace(config, supernet=supernet, **_given(batch_size=batch_size))
-
-
-def _train_config(preset: Preset, epochs: int | None, batch_size: int | None) -> TrainConfig:
-    return replace(preset.training, **_given(epochs=epochs, batch_size=batch_size))
-
-
-def _stack(
-    preset: Preset,
-    channels: int | None,
-    cells: int | None,
-    max_macs: str | None,
-    stem: str | None,
-) -> StackSettings:
-    limit = _limit(max_macs)
-    if channels is None and limit is None:
-        channels = preset.channels
-    return StackSettings(channels, cells or preset.cells, limit, stem)
-
-
-def _limit(max_macs: str | None) -> int | None:
-    return None if max_macs is None else parse_macs(max_macs)
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _model_name(target: str) -> str:
-    """A name the registry takes: "folder:/data/pets" gives "nas-pets"."""
-    if not target.startswith(FOLDER_PREFIX):
-        return f"nas-{target}"
-    folder = Path(target.removeprefix(FOLDER_PREFIX)).expanduser().resolve()
-    return f"nas-{folder.name.replace(':', '-')}"

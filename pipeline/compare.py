@@ -5,14 +5,12 @@ The second half of every transfer, whichever way the architecture was found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from nas.architecture import Architecture
 from nas.data import ImageTask
-from nas.errors import TrackingError
 from nas.spaces import DartsSpace
 from nas.statistics import (
     Interval,
@@ -37,11 +35,12 @@ from pipeline.networks import (
     size_of,
     train_beside_random,
 )
-from pipeline.registry import LINEAGE, Registered, as_it_stands, register
-from pipeline.search import ALPHAS, PICTURES, Found
+from pipeline.publishing import publish_step
+from pipeline.registry import LINEAGE, Registered, register
+from pipeline.searches import ALPHAS, PICTURES, Found
 from pipeline.settings import CompareSettings
 from pipeline.specification import ARCHITECTURE_FILE
-from pipeline.steps import StepRun, run_step, step_digest
+from pipeline.steps import StepRun
 from pipeline.tracking import RunLog
 
 REGISTER = "register"  # the step that makes a version
@@ -195,29 +194,12 @@ def register_step(job: Job, task: ImageTask, comparison: Comparison, name: str) 
         "accuracy": comparison.accuracy.mean,
         "random_accuracy": comparison.random_accuracy.mean,
     }
-    digest = step_digest(REGISTER, inputs)
 
-    def body(step: StepRun) -> Mapping[str, Any]:
-        fresh = job.machine.fresh
-        return asdict(_register(step.log, task, comparison, name, digest, fresh))
+    def body(step: StepRun, digest: str, fresh: bool) -> Registered:
+        return _register(step.log, task, comparison, name, digest, fresh)
 
-    def run(fresh: bool) -> Registered | None:
-        outcome = run_step(
-            REGISTER,
-            f"register {name}",
-            inputs,
-            body,
-            parent=job.log,
-            fresh=fresh,
-            tags={"target": task.name, **lineage},
-            say=say,
-        )
-        return as_it_stands(job.log.tracker, Registered(**outcome.results))
-
-    registered = run(job.machine.fresh) or run(fresh=True)
-    if registered is None:
-        raise TrackingError(f"the new version of '{name}' vanished while it was registered")
-    job.log.log_model_output(registered.model_id)
+    tags = {"target": task.name, **lineage}
+    registered = publish_step(job, REGISTER, name, inputs, body, tags)
     job.log.set_tags(
         {
             "model.name": registered.name,

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from nas.observer import VALIDATION, BatchEvent, EpochRecord, Observer
 from nas.statistics import Interval
+from nas.transfer.nearest import Standing
 
 CONSOLE = Console(highlight=False)  # one for all, so that lines go above a running bar
 
@@ -263,6 +264,24 @@ def summary_markdown(summary: Summary) -> str:
     rows = [(label, value.replace("|", r"\|")) for label, value in _summary_rows(summary)]
     lines = (f"| {label} | {value} |" for label, value in rows)
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def print_ranking(ranked: Sequence[Standing], console: Console = CONSOLE) -> None:
+    """Supernets of the registry for a target, the nearest first, and why some may not be taken."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("supernet", "searched on", "distance", "overlap", ""):
+        right = column in ("distance", "overlap")
+        table.add_column(column, overflow="fold", justify="right" if right else "left")
+    for place, standing in enumerate(ranked):
+        is_known = math.isfinite(standing.distance)
+        table.add_row(
+            Text(standing.name),
+            Text(", ".join(standing.sources)),
+            f"{standing.distance:.3f}" if is_known else "unknown",
+            f"{standing.overlap:.1%}",
+            Text(standing.refused or ("taken" if place == 0 else "")),
+        )
+    console.print(table)
 
 
 def _summary_rows(summary: Summary) -> list[tuple[str, str]]:

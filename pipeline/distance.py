@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from nas.checkpoint import load_checkpoint
 from nas.data import ImageTask
 from nas.data.catalog import FOLDER_PREFIX
-from nas.errors import ConfigurationError, TrackingError, UnknownNameError
+from nas.errors import ConfigurationError, UnknownNameError
 from nas.search import find_method
-from nas.trained import load_supernet
 from nas.transfer.otdd import (
     DatasetSketch,
     Embedding,
@@ -33,10 +31,11 @@ from nas.transfer.otdd import (
     supernet_trunk,
 )
 from nas.transfer.otdd.networks import RESNETS
+from nas.transfer.zoo import load_entry
 from pipeline.console import counting, say
 from pipeline.figures import draw_distances, draw_map, nearest
 from pipeline.job import Job, Machine, open_job, ui_command, watched
-from pipeline.search import PICTURES, SUPERNET_FILE, past_search
+from pipeline.searches import PICTURES, past_search
 from pipeline.settings import DataSettings
 from pipeline.specification import RUN
 from pipeline.steps import StepRun, home, run_step
@@ -212,16 +211,10 @@ def _embedding(job: Job, settings: DistanceSettings, tasks: Sequence[ImageTask])
 def _trunk_of(job: Job, run_id: str) -> Embedding:
     """The supernet that the run ``run_id`` searched, or that its cells come from."""
     found = past_search(job.log.tracker, run_id)
-    path = found.directory / SUPERNET_FILE
-    about = load_checkpoint(path).values["about"]
-    if "mean" not in about or "std" not in about:
-        raise TrackingError(
-            f"the supernet of run {found.run_id} was kept without the mean of its images: search "
-            "again, then name that run"
-        )
-    supernet = load_supernet(path).to(job.device)
+    entry = load_entry(found.supernet_path)
+    supernet = entry.supernet.to(job.device)
     mixing = find_method(found.method).mixing(supernet)
-    return supernet_trunk(supernet, mixing, about["mean"], about["std"])
+    return supernet_trunk(supernet, mixing, *entry.card.scale)
 
 
 def short_names(names: Sequence[str]) -> list[str]:

@@ -37,6 +37,89 @@ Source = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+TransferSource = Annotated[
+    str,
+    typer.Option(
+        "--source",
+        help=f"Data set to search on: {_SETS}, or folder:PATH (one folder a class, optional "
+        "train/val/test). With --transfer supernet also what to begin with: auto takes the nearest "
+        "registered supernet, a name such as supernet-digits or supernet-digits/3 that one, "
+        "run:ID that of a search.",
+        rich_help_panel=DATA,
+    ),
+]
+Sources = Annotated[
+    str,
+    typer.Option(
+        help="Data sets to search on, separated by commas and named like --source of transfer: one "
+        "supernet for all of them, with a head each.",
+        rich_help_panel=DATA,
+    ),
+]
+Each = Annotated[
+    bool,
+    typer.Option(
+        "--each/--no-each",
+        help="Of several sources, register a supernet of each alone as well.",
+        rich_help_panel=DATA,
+    ),
+]
+Sampling = Annotated[
+    str,
+    typer.Option(
+        help="How a step chooses among several sources. sqrt: by the root of their sizes; uniform: "
+        "all alike.",
+        rich_help_panel=SEARCH,
+    ),
+]
+WarmStartName = Annotated[
+    str,
+    typer.Option(
+        "--warm-start",
+        help="Supernet to begin with instead of a fresh one. auto: the nearest registered one; "
+        "supernet-digits or supernet-digits/3: that one; run:ID: that of a search; a data set: it "
+        "is searched first.",
+        rich_help_panel=SEARCH,
+    ),
+]
+WarmWhat = Annotated[
+    str,
+    typer.Option(
+        help="What the search takes over from the other supernet: weights, alphas or both.",
+        rich_help_panel=SEARCH,
+    ),
+]
+AlphaTemperature = Annotated[
+    float,
+    typer.Option(
+        help="Divides the alphas that are taken over; above 1 they stay more adaptable.",
+        rich_help_panel=SEARCH,
+    ),
+]
+LearningRateScale = Annotated[
+    float,
+    typer.Option(
+        help="Multiplies the learning rate of weights that were taken over.",
+        rich_help_panel=SEARCH,
+    ),
+]
+Contribute = Annotated[
+    bool,
+    typer.Option(
+        "--contribute/--no-contribute",
+        help="Register the supernet of the search, so that later searches can begin with it.",
+        rich_help_panel=SEARCH,
+    ),
+]
+Stop = Annotated[
+    str,
+    typer.Option(
+        help="End the search early, by rules separated by commas. plateau: the supernet's accuracy "
+        "has not risen by 0.1% for 5 epochs; genotype: the cells have not changed for 5 epochs; "
+        "skips: the normal cell has more than 2 skip connections.",
+        rich_help_panel=SEARCH,
+    ),
+]
 Target = Annotated[
     str,
     typer.Option(
@@ -124,7 +207,8 @@ TransferName = Annotated[
     str,
     typer.Option(
         "--transfer",
-        help="What moves from source to target; cell: the cells, stacked anew (NASTransfer).",
+        help="What moves from source to target. cell: the cells, stacked anew (NASTransfer); "
+        "supernet: weights and alphas of a supernet, which a search on the target goes on from.",
         rich_help_panel=SEARCH,
     ),
 ]

@@ -136,19 +136,59 @@ def register(
         TrackingError: the registry refuses, e.g. a name with a slash or a colon.
     """
     _check(sample, validation_accuracy)
+    return publish(
+        log,
+        name,
+        lambda: _log_model(log, network, task, sample),
+        step=step,
+        about=f"Classifies the images of {task.name}: {task.description}",
+        description=description,
+        tags={
+            **_texts(tags),
+            ACCURACY: repr(float(validation_accuracy)),
+            "dataset": task.name,
+            DATA: task.digest,
+            "classes": json.dumps(task.classes),
+        },
+        fresh=fresh,
+        say=say,
+    )
+
+
+def publish(
+    log: RunLog,
+    name: str,
+    keep: Callable[[], str],
+    *,
+    step: str,
+    about: str,
+    description: str,
+    tags: Mapping[str, str],
+    fresh: bool,
+    say: Callable[[str], None],
+) -> Registered:
+    """Make what ``keep`` stores a version of the model ``name``, once for each ``step``.
+
+    Args:
+        keep: stores the files as a logged model of the run and returns its id; not called where a
+            killed attempt left a version behind.
+        about: the model, where this is its first version.
+        tags: among them the accuracy and the data's digest, by which champions are compared. The
+            step and the run's ``lineage.*`` tags are added.
+
+    Raises:
+        TrackingError: the registry refuses.
+    """
     tracker = log.tracker
     made = None if fresh else _left_behind(tracker, name, step)
     if made is not None:
         say(f"version {made.version} of {name} is there from an earlier attempt: going on with it")
     else:
+        lineage = {key: value for key, value in log.tags().items() if key.startswith(LINEAGE)}
         made = _create_version(
-            log,
-            name,
-            _log_model(log, network, task, sample),
-            task,
-            tags=_texts(tags) | _version_tags(log, task, validation_accuracy) | {STEP: step},
-            description=description,
-        )
+            log, name, keep(), about=about, description=description,
+            tags={**tags, **lineage, STEP: step},
+        )  # fmt: skip
     model_id = logged_model_id(made)
     with tracker.reported(f"register the model '{name}'"):
         versions = json.dumps([{"name": name, "version": str(made.version)}])
@@ -288,20 +328,12 @@ def _left_behind(tracker: Tracker, name: str, step: str) -> ModelVersion | None:
 
 
 def _create_version(
-    log: RunLog,
-    name: str,
-    model_id: str,
-    task: ImageTask,
-    *,
-    tags: Mapping[str, str],
-    description: str,
+    log: RunLog, name: str, model_id: str, *, about: str, description: str, tags: Mapping[str, str]
 ) -> ModelVersion:
     client = log.tracker.client
     with log.tracker.reported(f"register the model '{name}'"):
         if _model(log.tracker, name) is None:
-            client.create_registered_model(
-                name, description=f"Classifies the images of {task.name}: {task.description}"
-            )
+            client.create_registered_model(name, description=about)
         return client.create_model_version(
             name,
             f"models:/{model_id}",
@@ -310,17 +342,6 @@ def _create_version(
             description=description,
             model_id=model_id,
         )
-
-
-def _version_tags(log: RunLog, task: ImageTask, validation_accuracy: float) -> dict[str, str]:
-    lineage = {key: value for key, value in log.tags().items() if key.startswith(LINEAGE)}
-    return {
-        ACCURACY: repr(float(validation_accuracy)),
-        "dataset": task.name,
-        DATA: task.digest,
-        "classes": json.dumps(task.classes),
-        **lineage,
-    }
 
 
 def _texts(tags: Mapping[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from nas.errors import TrackingError
 from pipeline.compare import Comparison, compare, finish, register_step, summarise
 from pipeline.console import say
 from pipeline.job import Job, Machine, flat, open_job
-from pipeline.search import Found, past_search, take_in
+from pipeline.searches import Found, past_search, take_in
 from pipeline.settings import CompareSettings, DataSettings, StackSettings
 from pipeline.specification import RUN, read_architecture
 

@@ -22,6 +22,7 @@ from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import (
     LoggedModelInput,
     LoggedModelOutput,
@@ -157,7 +158,7 @@ class RunLog:
             self._client.log_inputs(self.run_id, datasets=inputs.dataset_inputs if inputs else [])
 
     def log_output_model(self, name: str, path: Path) -> str:
-        """Keep a file as a logged model that this run made; returns the model's id.
+        """Keep a file or a folder as a logged model that this run made; returns the model's id.
 
         Later runs can name it as an input, which draws the line between them in the UI.
         """
@@ -167,7 +168,8 @@ class RunLog:
             model = client.create_logged_model(
                 experiment_id, name, source_run_id=self.run_id, model_type=name
             )
-            client.log_model_artifact(model.model_id, str(path))
+            keep = client.log_model_artifacts if path.is_dir() else client.log_model_artifact
+            keep(model.model_id, str(path))
             client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
             client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
             return str(model.model_id)
@@ -303,9 +305,15 @@ class Tracker:
         """
         with self.reported(f"give the artifacts of run {run_id}"):
             location = self.client.get_run(run_id).info.artifact_uri
-            is_here = urlsplit(location).scheme in ("", "file")
-            copy = None if is_here else tempfile.mkdtemp(dir=_downloads().name)
-            return Path(self.client.download_artifacts(run_id, "", copy))
+            return Path(self.client.download_artifacts(run_id, "", _copy_of(location)))
+
+    def model_files(self, model_id: str) -> Path:
+        """A local folder with the files of a logged model, as :meth:`artifacts` of a run."""
+        with self.reported(f"give the files of the model {model_id}"):
+            location = self.client.get_logged_model(model_id).artifact_location
+            uri = self.client.tracking_uri
+            copy = _copy_of(location)
+            return Path(download_artifacts(artifact_uri=location, dst_path=copy, tracking_uri=uri))
 
     def _create(self, name: str, tags: Mapping[str, str]) -> RunLog:
         with self.reported("open a run"):
@@ -396,6 +404,12 @@ def summarise(run: Run) -> RunSummary:
         tags=tags,
         datasets=datasets_of(run),
     )
+
+
+def _copy_of(location: str) -> str | None:
+    """Where files at ``location`` are copied to; None where they are on this machine."""
+    is_here = urlsplit(location).scheme in ("", "file")
+    return None if is_here else tempfile.mkdtemp(dir=_downloads().name)
 
 
 @cache

@@ -61,6 +61,21 @@ def test_one_command_measures_writes_and_draws(
     assert "authors is left out: --peers says where" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("native")
+def test_storage_in_bfloat16_has_rows_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.json"
+    arguments = ["--quick", "--method", "pcdarts", "--threads", "1", "--json", str(file)]
+    assert main([*arguments, "--implementations", "native", "native bfloat16"]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["implementation"], row["dtype"]) for row in rows if row["phase"] == "step"] == [
+        ("native", "float32"),
+        ("native", "bfloat16"),
+    ]
+    assert "native bfloat16" in capsys.readouterr().out
+
+
 def test_every_phase_of_darts_is_timed_and_the_steps_move_what_they_should() -> None:
     setting = quick_setting("darts")
     opponent = make_opponent("eager", setting)
@@ -226,6 +241,15 @@ def test_an_implementation_that_computes_something_else_is_not_timed() -> None:
         check_agreement("native", broken, expected)
 
 
+@pytest.mark.parametrize("method", ["darts", "pcdarts"])
+def test_storage_in_bfloat16_agrees_but_for_its_rounding(method: str) -> None:
+    expected = make_opponent("eager", quick_setting(method)).evidence()
+    found = make_opponent("eager bfloat16", quick_setting(method)).evidence()
+    check_agreement("eager bfloat16", found, expected, "bfloat16")
+    with pytest.raises(DisagreementError):
+        check_agreement("eager bfloat16", found, expected)
+
+
 FAKE_NETWORK = """
     import operations
     class Network:
@@ -266,7 +290,7 @@ def test_factors_are_over_the_rival_of_the_same_place() -> None:
 
     def row(setting: Setting, name: str, median: float, threads: int = 1) -> Row:
         times = Spread(median, median, median, 7, True)
-        return Row(setting, name, "step", threads, times, memory, 0.0)
+        return Row(setting, name, "float32", "step", threads, times, memory, 0.0)
 
     rows = [row(setting, "authors", 90), row(other, "authors", 50), row(setting, "native", 30)]
     rows.append(row(setting, "native", 20, threads=2))

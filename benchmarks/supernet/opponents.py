@@ -27,6 +27,7 @@ from nas.ops.backend import FLOAT32
 from nas.search import BilevelSearch, find_method
 from nas.spaces.darts.supernet import Supernet
 
+# A second word is what images are stored in, where that is not float32.
 IMPLEMENTATIONS = ("eager", "compile", "native", "native bfloat16", "authors")
 
 Result = TypeVar("Result")
@@ -109,19 +110,17 @@ def make_opponent(name: str, setting: Setting, peers: Path | None = None) -> Opp
     return Ours(search, _supernet(setting, name))
 
 
-def _supernet(setting: Setting, name: str) -> Supernet:
-    """Raises UnavailableError where there is no such backend.
+def stored_in(name: str) -> str:
+    """What the implementation ``name`` stores images in."""
+    return name.partition(" ")[2] or FLOAT32
 
-    A second word of ``name`` is what it stores images in.
-    """
-    backend, _, storage = name.partition(" ")
+
+def _supernet(setting: Setting, name: str) -> Supernet:
+    """Raises UnavailableError where there is no such backend."""
+    backend, storage = name.partition(" ")[0], stored_in(name)
     try:
         return Supernet(
-            setting.shape,
-            setting.supernet,
-            seed=SEED,
-            backend=backend,
-            storage=storage or FLOAT32,
+            setting.shape, setting.supernet, seed=SEED, backend=backend, storage=storage
         )
     except NASError as error:
         raise UnavailableError(str(error)) from error

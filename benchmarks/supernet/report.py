@@ -16,6 +16,7 @@ from benchmarks.supernet.floors import Floor, Rates
 from benchmarks.supernet.memory import Memory
 from benchmarks.supernet.setting import STEP, Setting
 from benchmarks.supernet.timing import Spread
+from nas.ops.backend import FLOAT32
 from pipeline.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, PALE, new_figure, quiet
 
 COLOURS = {"authors": GREY, "eager": ORANGE, "compile": GREEN, "native": BLUE}
@@ -28,6 +29,7 @@ class Row:
     """One implementation in one phase of one setting.
 
     Attributes:
+        dtype: what images are stored in.
         times: milliseconds over the turns.
         memory: of a process that did nothing else.
         load: average over the last minute, when the row was finished.
@@ -35,11 +37,17 @@ class Row:
 
     setting: Setting
     implementation: str
+    dtype: str
     phase: str
     threads: int
     times: Spread
     memory: Memory
     load: float
+
+    @property
+    def name(self) -> str:
+        """For people: the implementation, with its type where that is not float32."""
+        return self.implementation + ("" if self.dtype == FLOAT32 else f" {self.dtype}")
 
     def to_json(self) -> dict[str, Any]:
         """One flat row.
@@ -52,7 +60,7 @@ class Row:
             **self.setting.columns,
             "implementation": self.implementation,
             "phase": self.phase,
-            "dtype": "float32",
+            "dtype": self.dtype,
             "threads": self.threads,
             "median_ms": self.times.median,
             "min_ms": self.times.min,
@@ -102,7 +110,7 @@ def row_tables(rows: Sequence[Row]) -> Iterator[Table]:
                 table.add_section()
             table.add_row(
                 row.phase,
-                row.implementation,
+                row.name,
                 f"{row.times.median:,.1f}{'' if row.times.trusted else ' ?'}",
                 f"{row.times.min:,.1f} to {row.times.max:,.1f}",
                 str(row.times.count),
@@ -126,7 +134,7 @@ def floor_tables(
     floors: Sequence[Floor], rates: Sequence[Rates], rows: Sequence[Row]
 ) -> Iterator[Table]:
     """The least time of each phase, and how many times that each implementation takes."""
-    names = list(dict.fromkeys(row.implementation for row in rows))
+    names = list(dict.fromkeys(row.name for row in rows))
     measured = {rate.threads: rate for rate in rates}
     for (setting, threads), group in _grouped(floors):
         rate = measured[threads]
@@ -141,7 +149,7 @@ def floor_tables(
             table.add_column(name, justify="right", no_wrap=True)
         for floor in group:
             reached = {
-                row.implementation: row.times.median / floor.milliseconds
+                row.name: row.times.median / floor.milliseconds
                 for row in rows
                 if (row.setting, row.threads, row.phase) == (setting, threads, floor.phase)
             }
@@ -185,7 +193,7 @@ def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
         _bar(axes, height, row, row.times.median, row.times.max, "  ".join(parts))
         axes.plot([row.times.min, row.times.max], [height] * 2, color=BLACK, linewidth=1.2)
     against = f"; × faster than {rival}" if rival in present and len(present) > 1 else ""
-    labels = [f"{row.implementation}, {row.threads} thr." for row in rows]
+    labels = [f"{row.name}, {row.threads} thr." for row in rows]
     _finish(axes, rows[0].setting.label, f"search step, ms: median and range{against}", labels)
 
 

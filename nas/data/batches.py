@@ -32,6 +32,7 @@ class Batch:
 
     images: Tensor  # float32 [B, C, H, W], channels-last, normalised
     labels: Tensor  # int64 [B]
+    head: slice | None = None  # which class scores are this data set's; None: all of them
 
 
 class Batches:

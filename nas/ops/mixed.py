@@ -38,6 +38,7 @@ REDUCING = tuple(edge for edge, (source, _) in enumerate(EDGES) if source < 2)
 NONE, MAX_POOL, AVERAGE_POOL, SKIP, SEP3, SEP5, DIL3, DIL5 = range(len(OPERATIONS))
 # Where each convolution of an edge stands in the packed tables.
 SEP3A, SEP3B, SEP5A, SEP5B, DILATED3, DILATED5 = range(6)  # pointwise and its statistics
+HALVES = (torch.bfloat16, torch.float16)  # what images may be stored in beside float32 weights
 FIRST, SECOND, DILATED = range(3)  # depthwise, in the table of its kernel size
 
 
@@ -196,15 +197,15 @@ def rounding(images: Tensor, weights: Tensor) -> Callable[[Tensor], Tensor]:
     Gradients are rounded on their way back.
 
     Raises:
-        ConfigurationError: the images are neither of the weights' type nor bfloat16 beside float32.
+        ConfigurationError: the images are neither of the weights' type nor half as wide as float32.
     """
     stored, computed = images.dtype, weights.dtype
     if stored == computed:
         return lambda x: x
-    if (stored, computed) != (torch.bfloat16, torch.float32):
+    if stored not in HALVES or computed != torch.float32:
         raise ConfigurationError(
             f"images are {stored} beside weights that are {computed}: they must be of the same "
-            "type, or bfloat16 beside float32"
+            "type, or bfloat16 or float16 beside float32"
         )
     return lambda x: x.to(stored).to(computed)
 
@@ -284,8 +285,8 @@ def mixed_cell(
 
     Args:
         before_previous, previous: the outputs of the two cells before, [N, C', H', W'], of the
-            weights' type; or bfloat16 beside float32 weights, and then all that a kernel sends to
-            memory is rounded to it: states, pools, convolutions before their normalisation.
+            weights' type; or bfloat16 or float16 beside float32 weights, and then all that a kernel
+            sends to memory is rounded to it: states, pools, convolutions before normalisation.
         weights: the cell's weights, flat, laid out by ``plan.weights``.
         statistics: the running statistics of the cell's normalisations.
         operations: mixing weights [14, 8].

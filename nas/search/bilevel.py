@@ -7,19 +7,24 @@ parameters go down the validation gradient, then the weights go down the trainin
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nas.data import Augmentation, Batch, Batches, ImageTask, halves
+from nas.data import Batch, ImageTask
+from nas.errors import ConfigurationError
 from nas.hardware import peak_memory_mb
 from nas.loop import ResumableLoop
 from nas.observer import EpochRecord, Observer
-from nas.ops.backend import AUTO, FLOAT32
+from nas.ops.backend import AUTO, FLOAT32, NATIVE
 from nas.optimisation import (
     copy_tensors,
     cosine,
@@ -31,13 +36,24 @@ from nas.optimisation import (
 )
 from nas.search.collapse import collapse_metrics
 from nas.search.method import Method, SearchConfig
+from nas.search.replay import Capture, Replayed, capture_graph
+from nas.search.sources import SQUARE_ROOT, Pair, Sources
+from nas.search.stopping import AGE, Stop
 from nas.spaces import find_space
 from nas.spaces.darts.genotype import Genotype
 from nas.spaces.darts.supernet import Mixing, Supernet
 
 VALIDATIONS = 2  # an epoch: the mixed supernet's, and that of its discretised form
 
-Pair = tuple[Batch, Batch]  # a batch of the training half, one of the validation half
+
+class Start(Protocol):
+    """What a search begins with instead of the weights of its seed."""
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-able: what tells this beginning from others."""
+
+    def apply(self, target: Supernet) -> None:
+        """Overwrite what the fresh ``target`` is to begin with."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,7 @@ class SearchResult:
         records: the metrics of each epoch.
         mixing_history: mixing weights after each epoch, [epochs, 2, 14, 8].
         seconds: time spent, including that of earlier, killed processes.
+        stopped: why it ended before its last epoch; None where it did not.
     """
 
     genotype: Genotype
@@ -57,19 +74,29 @@ class SearchResult:
     records: Sequence[EpochRecord]
     mixing_history: Tensor
     seconds: float
+    stopped: Stop | None
 
 
 class BilevelSearch(ResumableLoop[Pair]):
     """One search: a supernet, its two optimisers and the two halves of the data.
 
-    A pure function of (task, space, method, config, seed, backend, storage).
+    A pure function of (tasks, sampling, space, method, config, seed, start, storage).
+
+    Args:
+        task: a data set, or several for one supernet; see :mod:`nas.search.sources`.
+        storage: how the supernet keeps images between its cells, "float32" or "bfloat16".
+        start: what to begin with instead of the weights of ``seed``.
+        sampling: of several sets, how a step chooses one: "sqrt" by the root of their sizes, or
+            "uniform".
+        cuda_graphs: "auto" captures both steps as CUDA graphs where the search runs on a GPU with
+            native kernels and its method allows it; "off" never does.
     """
 
     phase = "search"
 
     def __init__(
         self,
-        task: ImageTask,
+        task: ImageTask | Sequence[ImageTask],
         method: Method,
         config: SearchConfig,
         *,
@@ -79,15 +106,21 @@ class BilevelSearch(ResumableLoop[Pair]):
         space: str = "darts",
         backend: str = AUTO,
         storage: str = FLOAT32,
+        start: Start | None = None,
+        sampling: str = SQUARE_ROOT,
+        cuda_graphs: str = "off",
     ) -> None:
+        tasks = [task] if isinstance(task, ImageTask) else list(task)
         self.method = method
         self.config = config
         self.device = device
-        self.supernet = (
-            find_space(space)
-            .supernet(task.shape, config.supernet, seed=seed, backend=backend, storage=storage)
-            .to(device)
+        self.sources = Sources(tasks, config, sampling, seed=seed, device=device, workers=workers)
+        supernet = find_space(space).supernet(
+            self.sources.shape, config.supernet, seed=seed, backend=backend, storage=storage
         )
+        if start is not None:
+            start.apply(supernet)
+        self.supernet = supernet.to(device)
         self.weight_optimiser = torch.optim.SGD(
             [self.supernet.weights],
             lr=config.learning_rate,
@@ -99,21 +132,32 @@ class BilevelSearch(ResumableLoop[Pair]):
             lr=config.architecture_learning_rate,
             betas=(0.5, 0.999),
             weight_decay=config.architecture_weight_decay,
+            capturable=device.type == "cuda",
         )
+        self.heads: tuple[slice | None, slice | None] = (None, None)  # of the batches at hand
+        self.weights_replayed: Replayed | None = None
+        self.architecture_replayed: Replayed | None = None
+        if cuda_graphs not in ("auto", "off"):
+            raise ConfigurationError(f"cuda_graphs is 'auto' or 'off', not '{cuda_graphs}'")
+        native = device.type == "cuda" and self.supernet.backend.name == NATIVE
+        if cuda_graphs == "auto" and native and method.capturable:
+            self.capture_steps()
         self.mixing_history: list[Tensor] = []
-        self._make_batches(task, seed, workers)
+        self.genotype_digest = torch.zeros(32, dtype=torch.uint8)  # of the epoch before
         super().__init__(
             device,
             config.epochs,
-            min(len(self.train_batches), len(self.validation_batches)),
+            self.sources.steps,
             {
-                "task": task.digest,
+                "tasks": [task.digest for task in tasks],
+                "sampling": sampling,
                 "space": space,
                 "method": method.name,
                 "config": asdict(config),
                 "seed": seed,
                 "backend": self.supernet.backend.name,
                 "storage": storage,
+                "start": start.identity() if start is not None else None,
             },
         )
 
@@ -133,7 +177,17 @@ class BilevelSearch(ResumableLoop[Pair]):
             self.records,
             torch.stack(self.mixing_history),
             self.watch.seconds,
+            self.stop,
         )
+
+    @property
+    def stop(self) -> Stop | None:
+        """Why this search has ended early, from what it has recorded; None where it goes on."""
+        return self.config.stopping.judge(self.records[self.config.warmup_epochs :])
+
+    def is_done(self) -> bool:
+        """After the last epoch, or where a rule of ``config.stopping`` says so."""
+        return super().is_done() or self.stop is not None
 
     def loss(
         self,
@@ -152,11 +206,7 @@ class BilevelSearch(ResumableLoop[Pair]):
         """Pairs of a training and a validation batch."""
         set_learning_rate(self.weight_optimiser, self.learning_rate)
         self.supernet.train()
-        return zip(
-            self.train_batches.epoch(self.epoch, self.batch),
-            self.validation_batches.epoch(self.epoch, self.batch),
-            strict=False,
-        )
+        return self.sources.pairs(self.epoch, self.batch)
 
     def step(self, item: Pair) -> int:
         """The architecture step, unless it is still frozen, and the weight step."""
@@ -166,45 +216,90 @@ class BilevelSearch(ResumableLoop[Pair]):
         self.weight_step(train)
         return train.labels.numel() + validation.labels.numel()
 
+    def capture_steps(self, capture: Capture = capture_graph) -> None:
+        """Replay both steps from captures from now on.
+
+        Another batch size, learning rate or set of active operations captures anew.
+        """
+        self.weights_replayed = Replayed(self._move_weights, capture)
+        self.architecture_replayed = Replayed(self._move_architecture, capture)
+
     def architecture_step(self, train: Batch, validation: Batch) -> None:
         """Move the architecture parameters; no gradient of the weights is asked for."""
+        inputs = (train.images, train.labels, validation.images, validation.labels)
+        self.heads = (train.head, validation.head)
+        if self.architecture_replayed is None:
+            self._move_architecture(*inputs)
+        else:
+            self.architecture_replayed(self._kind(self.method.mixing(self.supernet)), *inputs)
+
+    def weight_step(self, train: Batch) -> None:
+        """Move the weights; no gradient of the architecture parameters is asked for."""
+        self.heads = (train.head, None)
+        if self.weights_replayed is None:
+            loss, scores = self._move_weights(train.images, train.labels)
+        else:
+            kind = self._kind(self.method.weight_mixing(self))
+            loss, scores = self.weights_replayed(kind, train.images, train.labels)
+        self.meter.add(loss, scores, train.labels)
+
+    def _kind(self, mixing: Mixing) -> tuple[float, bytes | None, str]:
+        """What a capture has in it beside tensors."""
+        active = None if mixing.active is None else mixing.active.numpy().tobytes()
+        return self.learning_rate, active, str(self.heads)
+
+    def _move_architecture(
+        self, images: Tensor, labels: Tensor, other_images: Tensor, other_labels: Tensor
+    ) -> tuple[Tensor, ...]:
         parameters = self.supernet.architecture_parameters()
+        train = Batch(images, labels, self.heads[0])
+        validation = Batch(other_images, other_labels, self.heads[1])
         gradients = self.method.architecture_gradients(self, train, validation)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         self.architecture_optimiser.step()
+        return ()
 
-    def weight_step(self, train: Batch) -> None:
-        """Move the weights; no gradient of the architecture parameters is asked for."""
+    def _move_weights(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         weights = self.supernet.weights
-        scores = self._scores(train, self.method.weight_mixing(self).detach())
-        loss = F.cross_entropy(scores, train.labels)
+        batch = Batch(images, labels, self.heads[0])
+        scores = self._scores(batch, self.method.weight_mixing(self).detach())
+        loss = F.cross_entropy(scores, labels)
         (weights.grad,) = torch.autograd.grad(loss, [weights])
         torch.nn.utils.clip_grad_norm_([weights], self.config.gradient_clip)
         self.weight_optimiser.step()
-        self.meter.add(loss, scores, train.labels)
+        return loss.detach(), scores.detach()
 
     def accuracy(
         self, mixing: Mixing, observer: Observer | None = None, part: int = 0
-    ) -> tuple[float, float]:
-        """Loss and accuracy of the supernet under ``mixing`` on the validation half.
+    ) -> list[tuple[float, float]]:
+        """Loss and accuracy of the supernet under ``mixing`` on each set's validation half.
 
         Normalised by the statistics of each batch: the running ones were gathered under other
         mixing weights, and would measure how stale they are instead of how good the cell is.
 
         Args:
-            part: which of the epoch's validations this is, for ``observer``.
+            part: which of the epoch's ``VALIDATIONS`` this is, for ``observer``.
         """
         self.supernet.train()
+        counts = [len(source.evaluation) for source in self.sources.each]
+        done = part * sum(counts)
+        measured = []
         with torch.no_grad():
-            return self.validate(
-                lambda batch: self._scores(batch, mixing, update_statistics=False),
-                self.evaluation_batches,
-                observer or Observer(),
-                "the supernet on the validation half",
-                part=part,
-                parts=VALIDATIONS,
-            )
+            for count, batches in zip(counts, self.sources.evaluations(), strict=True):
+                measured.append(
+                    self.validate(
+                        lambda batch: self._scores(batch, mixing, update_statistics=False),
+                        batches,
+                        count,
+                        observer or Observer(),
+                        "the supernet on the validation half",
+                        done=done,
+                        total=VALIDATIONS * sum(counts),
+                    )
+                )
+                done += count
+        return measured
 
     def _scores(
         self,
@@ -218,34 +313,7 @@ class BilevelSearch(ResumableLoop[Pair]):
         scores: Tensor = self.supernet(
             batch.images, mixing, weights=weights, update_statistics=update_statistics
         )
-        return scores
-
-    def _make_batches(self, task: ImageTask, seed: int, workers: int) -> None:
-        weight_half, architecture_half = halves(task, seed)
-        config = self.config
-        augmentation = Augmentation(
-            crop_padding=config.crop_padding, flip=config.flip and task.flip
-        )
-
-        # The supernet is evaluated by the statistics of each batch, too: a batch in stored order
-        # may hold a single class, and a short one has poor statistics.
-        def batches(indices: Tensor, stream: str, augment: bool) -> Batches:
-            return Batches(
-                task,
-                indices,
-                config.batch_size,
-                seed=seed,
-                stream=stream,
-                device=self.device,
-                augmentation=augmentation if augment else None,
-                shuffle=True,
-                drop_last=True,
-                workers=workers,
-            )
-
-        self.train_batches = batches(weight_half, "search/weights", True)
-        self.validation_batches = batches(architecture_half, "search/architecture", True)
-        self.evaluation_batches = batches(architecture_half, "search/evaluation", False)
+        return scores if batch.head is None else scores[:, batch.head]
 
     def summarise(self, observer: Observer) -> dict[str, float]:
         """Metrics of the epoch, with the signs of collapse."""
@@ -253,8 +321,11 @@ class BilevelSearch(ResumableLoop[Pair]):
         loss, accuracy = self.meter.read(f"epoch {self.epoch + 1}")
         mixing = self.method.mixing(self.supernet).detach()
         genotype = self.supernet.derive(mixing)
-        validation_loss, validation_accuracy = self.accuracy(mixing, observer)
-        _, discretised = self.accuracy(mixing.discretised(genotype), observer, part=1)
+        losses, accuracies = zip(*self.accuracy(mixing, observer), strict=True)
+        validation_accuracy = fmean(accuracies)
+        discretised = fmean(
+            value for _, value in self.accuracy(mixing.discretised(genotype), observer, part=1)
+        )
         collapse = collapse_metrics(mixing, genotype)
         if collapse["skip/normal"] > self.config.skip_limit:
             observer.on_warning(
@@ -267,27 +338,40 @@ class BilevelSearch(ResumableLoop[Pair]):
         metrics = {
             "supernet/train_loss": loss,
             "supernet/train_accuracy": accuracy,
-            "supernet/val_loss": validation_loss,
+            "supernet/val_loss": fmean(losses),
             "supernet/val_accuracy": validation_accuracy,
             "supernet/discretised_accuracy": discretised,
             "supernet/discretised_gap": validation_accuracy - discretised,
             **collapse,
+            AGE: self._age(genotype),
             "lr": self.learning_rate,
             "images_per_second": 2 * self.meter.images / training_seconds,
             "epoch_seconds": self.epoch_watch.seconds,
             "peak_memory_mb": peak_memory_mb(self.device),
         }
+        if len(accuracies) > 1:
+            for source, value in zip(self.sources.each, accuracies, strict=True):
+                metrics[f"source/{source.metric}/val_accuracy"] = value
         self.method.between_epochs(self, self.epoch)
         return metrics
 
+    def _age(self, genotype: Genotype) -> float:
+        """Epochs for which the derived cells have not changed since the alphas began to learn."""
+        text = json.dumps(genotype.to_json(), sort_keys=True)
+        digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+        is_same = self.epoch > self.config.warmup_epochs and digest.equal(self.genotype_digest)
+        self.genotype_digest = digest
+        return self.records[-1].metrics[AGE] + 1 if is_same else 0.0
+
     def tensors(self) -> dict[str, Tensor]:
-        """Supernet, optimisers and the mixing weights of the epochs so far."""
+        """Supernet, optimisers, the cells and the mixing weights of the epochs so far."""
         history = self.mixing_history
         return {
             **with_prefix("supernet", self.supernet.state_dict()),
             **pack_optimiser("weight_optimiser", self.weight_optimiser),
             **pack_optimiser("architecture_optimiser", self.architecture_optimiser),
             "mixing_history": torch.stack(history) if history else torch.empty(0),
+            "genotype_digest": self.genotype_digest,
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -296,3 +380,4 @@ class BilevelSearch(ResumableLoop[Pair]):
         restore_optimiser("weight_optimiser", self.weight_optimiser, tensors)
         restore_optimiser("architecture_optimiser", self.architecture_optimiser, tensors)
         self.mixing_history = list(tensors["mixing_history"])
+        self.genotype_digest = tensors["genotype_digest"]

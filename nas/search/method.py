@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nas.errors import ConfigurationError
+from nas.search.stopping import Stopping
 from nas.spaces.darts.supernet import Mixing, Supernet, SupernetConfig
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class SearchConfig:
         warmup_epochs: epochs at the start in which only the weights learn (PC-DARTS).
         crop_padding, flip: augmentation, with ``flip`` only where the data allow it.
         skip_limit: skips in the normal cell above this many are called a collapse (P-DARTS: 2).
+        stopping: what may end the search before its last epoch; by default nothing.
     """
 
     supernet: SupernetConfig = field(default_factory=SupernetConfig)
@@ -45,6 +47,7 @@ class SearchConfig:
     crop_padding: int = 4
     flip: bool = True
     skip_limit: int = 2
+    stopping: Stopping = field(default_factory=Stopping)
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2:  # a batch is normalised by its own statistics
@@ -64,6 +67,7 @@ class Method:
 
     name = "darts"
     summary = "DARTS, first order (arXiv 1806.09055)"
+    capturable = True  # its steps are the same kernels every time, and draw nothing on the CPU
 
     def paper_config(self) -> SearchConfig:
         """The settings of the method's paper on CIFAR-10."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,41 @@ class Network(nn.Module):
     def forward_with_auxiliary(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits and auxiliary logits, both [B, classes]; None where there is no head."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TensorGroups:
+    """The tensors of a supernet by the part they play when it serves another data set.
+
+    Every tensor is a view of the supernet's own memory: what is written into it, the supernet has.
+
+    Attributes:
+        trunk: what lies between stem and classifier, with its running statistics.
+        stem: what sees the image's channels, with its running statistics.
+        image_axes: of those tensors of ``stem`` that depend on the number of image channels, the
+            axis of these channels.
+        classifier: what depends on the classes.
+        architecture: the architecture parameters.
+    """
+
+    trunk: Mapping[str, Tensor]
+    stem: Mapping[str, Tensor]
+    image_axes: Mapping[str, int]
+    classifier: Mapping[str, Tensor]
+    architecture: Mapping[str, Tensor]
+
+
+class WeightSharing(Protocol):
+    """What a supernet of any space must tell so that another one can go on from it."""
+
+    def signature(self) -> dict[str, Any]:
+        """JSON-able: what two supernets must share for the tensors of one to fit the other.
+
+        The space and its operations, channels and cells; not the task.
+        """
+
+    def groups(self) -> TensorGroups:
+        """All tensors, by their part."""
 
 
 class Space(Protocol):
@@ -89,3 +125,16 @@ class Space(Protocol):
         storage: str = "float32",
     ) -> Supernet:
         """All networks of the space at once, with shared weights drawn from ``seed``."""
+
+    def supernet_config(self, values: Mapping[str, Any]) -> SupernetConfig:
+        """The configuration of a supernet from its fields, as ``dataclasses.asdict`` gives them.
+
+        Raises:
+            ConfigurationError: a field is unknown or impossible.
+        """
+
+    def signature(self, config: SupernetConfig) -> dict[str, Any]:
+        """The ``signature`` of a supernet of this configuration, which need not be built."""
+
+    def weight_shapes(self, shape: TaskShape, config: SupernetConfig) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of such a supernet's weights; nothing is built."""

@@ -35,6 +35,7 @@ SEARCH_METRICS = LOOP_METRICS | {
     "alpha/entropy_reduce",
     "skip/normal",
     "skip/reduce",
+    "genotype/age",
 }
 
 
@@ -294,6 +295,12 @@ def others(finished: Finished) -> Others:
     evaluation = place.jobs()[-1]
     outputs["distance"] = place.mlflow_run("distance", DISTANCE | {"features": architecture})
     jobs = (transfer, search, retraining, evaluation, place.jobs()[-1])
+    place.enter()
+    tiny = {**SEARCH, "source_limit": 100, "search_epochs": 1}
+    del tiny["source"]
+    assert main(["pretrain", *arguments({**tiny, "sources": "digits,mnist5k"})]) == 0
+    warm = {**tiny, "source": "animals", "source_size": 8, "warm_start": "auto"}
+    assert main(["search", *arguments({**warm, "contribute": "true"})]) == 0
     # with their models, which a search leaves out
     return Others(*(client.get_run(run.info.run_id) for run in jobs), outputs)
 

@@ -20,6 +20,8 @@ from PIL import Image
 from workplace import Workplace
 
 from nas.errors import ConfigurationError
+from nas.search.stopping import Stopping
+from nas.transfer.supernet import WarmStartOptions
 from pipeline import cli
 from pipeline.cli import main
 from pipeline.evaluate import EvaluateSettings
@@ -29,6 +31,7 @@ from pipeline.retrain import RetrainSettings
 from pipeline.search import SearchSettings
 from pipeline.settings import DataSettings
 from pipeline.transfer import TransferSettings
+from pipeline.warm import WarmSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--source-limit 200 --search-epochs 1 --search-cells 3 --search-channels 4"
@@ -45,7 +48,7 @@ def _same_threads() -> Iterator[None]:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Machine]]:
     """What the entry points would be called with, instead of calling them."""
     calls: list[tuple[Any, Machine]] = []
-    for name in ("transfer", "search", "retrain", "evaluate"):
+    for name in ("transfer", "search", "pretrain", "retrain", "evaluate"):
         monkeypatch.setattr(cli, name, lambda settings, machine: calls.append((settings, machine)))
     return calls
 
@@ -120,6 +123,16 @@ class TestKnownWithoutData:
             ("search --device cuda:77", ["'cuda:77'"]),
             ("search --backend nativ", ["unknown backend 'nativ'", "did you mean 'native'?"]),
             ("transfer --backend egaer", ["did you mean 'eager'?"]),
+            ("search --storage half", ["unknown storage 'half'", "bfloat16, float32"]),
+            ("pretrain --storage bfloat", ["did you mean 'bfloat16'?"]),
+            ("transfer --source auto", ["unknown data set 'auto'"]),
+            ("transfer --warm-what alpha", ["'alpha'", "did you mean 'alphas'?"]),
+            ("search --warm-start auto --alpha-temperature 0.5", ["at least 1", "0.5"]),
+            ("transfer --learning-rate-scale 0", ["above 0", "0.0"]),
+            ("search --stop platau", ["unknown rule", "did you mean 'plateau'?"]),
+            ("pretrain --sources digits,anmials", ["did you mean 'animals'?"]),
+            ("pretrain --sources digits,digits", ["--sources", "digits,digits"]),
+            ("pretrain --sources ,", ["--sources", "none"]),
         ],
     )
     def test_it(self, fails: Callable[..., Any], command: str, parts: list[str]) -> None:
@@ -348,7 +361,7 @@ class TestOptions:
             "--search-epochs 20 --search-batch-size 32 --search-channels 12 --search-cells 5 "
             "--cells 6 --max-macs 1.5M --stem imagenet --train-epochs 9 --train-batch-size 16 "
             "--seeds 4 --seed 2 --workers 3 --parallel 5 --device cpu --method pcdarts "
-            "--backend eager"
+            "--backend eager --storage bfloat16"
         )
         assert main(shlex.split(f"transfer {options}")) == 0
         ((settings, machine),) = asked
@@ -363,7 +376,41 @@ class TestOptions:
         compare = settings.compare
         assert (compare.training.epochs, compare.training.batch_size) == (9, 16)
         assert (compare.seeds, compare.seed) == (4, 2)
-        assert replace(machine, options={}) == Machine("cpu", 3, 5, 1, None, False, backend="eager")
+        assert replace(machine, options={}) == Machine(
+            "cpu", 3, 5, 1, None, False, backend="eager", storage="bfloat16"
+        )
+
+    def test_what_a_search_begins_with_and_ends_by(self, asked: Asked) -> None:
+        command = "--warm-start supernet-digits/2 --alpha-temperature 2 --stop plateau,genotype"
+        assert main(["search", *command.split(), "--contribute", "true"]) == 0
+        assert main(["search", "--warm-start", "mnist5k", "--source-limit", "90"]) == 0
+        assert main(["search"]) == 0
+        first, second, plain = (settings for settings, _ in asked)
+        assert first.warm == WarmSettings(
+            "supernet-digits/2", None, WarmStartOptions(alpha_temperature=2.0)
+        )
+        assert first.config.stopping == Stopping(plateau_epochs=5, genotype_epochs=5)
+        assert first.contribute
+        assert second.warm.data == DataSettings("mnist5k", None, 90, 14)
+        assert (plain.warm, plain.contribute, plain.config.stopping) == (None, False, Stopping())
+
+    @pytest.mark.parametrize("source", ["auto", "supernet-digits/3", "run:0123"])
+    def test_a_transfer_by_supernet_begins_with_more_than_data(
+        self, source: str, asked: Asked
+    ) -> None:
+        assert main(["transfer", "--transfer", "supernet", "--source", source]) == 0
+        ((settings, _),) = asked
+        assert settings.source is None
+        assert (settings.warm.source, settings.warm.data) == (source, None)
+
+    def test_sources_of_a_pretraining(self, asked: Asked) -> None:
+        options = "--sources digits,mnist5k --each true --sampling uniform --source-size 9"
+        assert main(["pretrain", *options.split()]) == 0
+        ((settings, _),) = asked
+        assert settings.sources == tuple(
+            DataSettings(name, 9, None, 14) for name in ("digits", "mnist5k")
+        )
+        assert (settings.each, settings.sampling) == (True, "uniform")
 
     @pytest.mark.parametrize("epochs", [1, 2, 3, 50])
     def test_a_short_search_leaves_the_alphas_an_epoch(self, asked: Asked, epochs: int) -> None:

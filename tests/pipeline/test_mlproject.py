@@ -19,7 +19,7 @@ from pipeline.cli import app, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT: Mapping[str, Any] = yaml.safe_load((ROOT / "MLproject").read_text())
-ENTRY_POINTS = ("main", "transfer", "search", "retrain", "evaluate", "distance")
+ENTRY_POINTS = ("main", "transfer", "search", "pretrain", "retrain", "evaluate", "distance")
 
 
 def options_of(command: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from nas.errors import TrackingError
 from nas.spaces import DartsSpace
 from nas.spaces.darts import PUBLISHED
 from pipeline.inputs import datasets_of
-from pipeline.search import Found, past_search
+from pipeline.searches import Found, past_search
 from pipeline.steps import StepRun, run_step
 from pipeline.tracking import RunLog, Tracker
 
@@ -27,6 +27,8 @@ RESULTS: dict[str, Any] = {
     "architecture": ARCHITECTURE.to_json(),
     "validation_accuracy": 0.75,
     "seconds": 12.5,
+    "epochs": 6,
+    "stopped": "for 5 epochs the derived cells have not changed",
     "supernet_id": "m-1",
 }
 
@@ -56,10 +58,16 @@ def test_of_the_search_itself_and_of_a_job_that_names_it(tracker: Tracker) -> No
         architecture=ARCHITECTURE,
         validation_accuracy=0.75,
         seconds=12.5,
+        epochs=6,
+        stopped="for 5 epochs the derived cells have not changed",
         supernet_id="m-1",
     )
     assert past_search(tracker, job_id) == found
-    assert found.metrics() == {"cost/search_seconds": 12.5, "supernet/val_accuracy": 0.75}
+    assert found.metrics() == {
+        "cost/search_seconds": 12.5,
+        "cost/search_epochs": 6,
+        "supernet/val_accuracy": 0.75,
+    }
 
 
 class TestRefused:
@@ -83,7 +91,7 @@ class TestRefused:
             pass
         self.refuse(tracker, step.run_id, f"no complete run {step.run_id}")
 
-    @pytest.mark.parametrize("lost", ["seconds", "source", "supernet_id"])
+    @pytest.mark.parametrize("lost", ["seconds", "source", "epochs", "supernet_id"])
     def test_a_search_that_lacks_a_value(self, tracker: Tracker, lost: str) -> None:
         results = {name: value for name, value in RESULTS.items() if name != lost}
         job_id, step_id = search_job(tracker, results)

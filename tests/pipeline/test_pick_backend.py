@@ -14,7 +14,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from workplace import Workplace
 
-import pipeline.search
+import pipeline.searches
 from nas.ops import build
 from nas.ops.backend import Backend
 from nas.ops.recipe import source_folder
@@ -52,10 +52,10 @@ def native(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         assert backend == "native"
         return BilevelSearch(*arguments, backend="eager", **options)
 
-    monkeypatch.setattr(pipeline.search, "choose", lambda *_: NATIVE)
-    monkeypatch.setattr(pipeline.search, "BilevelSearch", search)
+    monkeypatch.setattr(pipeline.searches, "choose", lambda *_: NATIVE)
+    monkeypatch.setattr(pipeline.searches, "BilevelSearch", search)
     sources = shutil.copytree(source_folder(), tmp_path / "sources")
-    monkeypatch.setattr(pipeline.search, "source_folder", lambda: sources)
+    monkeypatch.setattr(pipeline.searches, "source_folder", lambda: sources)
     return sources
 
 
@@ -131,3 +131,14 @@ def test_native_kernels_compute_the_search(
     assert f"kernels: native ({words})\n" in capsys.readouterr().out
     (step,) = steps(workplace)
     assert step.data.tags["backend"] == "native"
+
+
+def test_storage_is_tagged_and_searches_for_itself_alone(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for storage in ("float32", "bfloat16"):
+        assert main([*SEARCH, "eager", "--storage", storage]) == 0
+        assert "reusing" not in capsys.readouterr().out
+    assert [run.data.tags["storage"] for run in steps(workplace)] == ["float32", "bfloat16"]
+    assert main([*SEARCH, "eager", "--storage", "bfloat16"]) == 0
+    assert "reusing search on digits" in capsys.readouterr().out

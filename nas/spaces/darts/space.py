@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nas.architecture import Architecture, Skeleton
-from nas.errors import ArchitectureError
+from nas.errors import ArchitectureError, ConfigurationError
 from nas.ops.backend import AUTO, FLOAT32
 from nas.ops.primitives import initialise
 from nas.spaces.darts.genotype import NODES, OPERATIONS, Gene, Genotype
 from nas.spaces.darts.network import DartsNetwork
-from nas.spaces.darts.supernet import Supernet, SupernetConfig
+from nas.spaces.darts.supernet import Supernet, SupernetConfig, signature, weight_packings
 
 if TYPE_CHECKING:
     from nas.data.task import TaskShape
@@ -124,6 +124,32 @@ class DartsSpace:
     ) -> Supernet:
         """All networks of the space at once, for a differentiable search."""
         return Supernet(shape, config, seed=seed, backend=backend, storage=storage)
+
+    def supernet_config(self, values: Mapping[str, Any]) -> SupernetConfig:
+        """The configuration of a supernet from its fields, as ``dataclasses.asdict`` gives them.
+
+        Raises:
+            ConfigurationError: a field is unknown or impossible.
+        """
+        try:
+            return SupernetConfig(**values)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"{dict(values)!r} is no configuration of a {self.name} supernet: its fields are "
+                f"{', '.join(field.name for field in fields(SupernetConfig))}"
+            ) from error
+
+    def signature(self, config: SupernetConfig) -> dict[str, Any]:
+        """What two supernets must share for the tensors of one to fit the other."""
+        return signature(config)
+
+    def weight_shapes(self, shape: TaskShape, config: SupernetConfig) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of such a supernet's weights; nothing is built."""
+        return {
+            f"{prefix}.{name}": tuple(size)
+            for prefix, packing in weight_packings(shape, config)
+            for name, size in packing.shapes.items()
+        }
 
 
 def _check_skeleton(skeleton: Skeleton) -> None:

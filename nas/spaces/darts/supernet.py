@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from nas.ops.backend import AUTO, BFLOAT16, FLOAT32, STORAGES, choose
 from nas.ops.mixed import EDGES, NODES, OPERATIONS, CellPlan, Normaliser, Statistics
 from nas.ops.packing import Packing
 from nas.randomness import generator
+from nas.spaces.base import TensorGroups
 from nas.spaces.darts.genotype import Genotype, derive
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 NORMAL, REDUCE = range(2)
 STEM_MULTIPLIER = 3
+MAX_CELLS = 1000  # far above any paper's; a file must not make us plan for ever
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class SupernetConfig:
                 "a supernet needs channels and partial channels of at least 1, not "
                 f"{self.channels} and {self.partial}"
             )
+        if self.cells > MAX_CELLS:
+            raise ConfigurationError(f"a supernet has at most {MAX_CELLS} cells, not {self.cells}")
         if self.cells < 3:
             raise ConfigurationError(
                 f"a supernet of {self.cells} cells has no normal cell to search: it needs at least "
@@ -87,9 +91,11 @@ class Mixing:
         """Which operations are computed: active ones whose weight is not exactly zero.
 
         An operation of weight zero adds nothing, gets no gradient and gathers no statistics.
-        Inside ``torch.compile`` values are unknown, and only ``active`` counts.
+        Inside ``torch.compile`` and while a CUDA graph is captured values are unknown, and only
+        ``active`` counts.
         """
-        if torch.compiler.is_compiling():
+        capturing = self.operations.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or capturing:
             return self.active
         weighted = (self.operations.detach() != 0).cpu()
         return weighted if self.active is None else weighted & self.active
@@ -142,13 +148,10 @@ class Supernet(nn.Module):
         self.shape = shape
         self.config = config
         self.plans = _plan_cells(config)
-        out = 4 * self.plans[-1].channels
-        stem = STEM_MULTIPLIER * config.channels
-        self.stem = Packing(
-            {"filters": (3, 3, shape.channels, stem), "scale": (stem,), "shift": (stem,)}
-        )
-        self.stem_statistics = Packing({"stem": (stem,)})
-        self.classifier = Packing({"matrix": (out, shape.classes), "bias": (shape.classes,)})
+        self.weight_packings = weight_packings(shape, config)
+        self.stem = self.weight_packings[0][1]
+        self.stem_statistics = Packing({"stem": self.stem.shapes["scale"]})
+        self.classifier = self.weight_packings[-1][1]
 
         self.weights = nn.Parameter(self._initial_weights(generator(seed, "supernet", "weights")))
         draw = generator(seed, "supernet", "architecture")
@@ -180,6 +183,27 @@ class Supernet(nn.Module):
         for prefix, packing, piece in self._pieces(self.weights):
             for name, view in packing.unpack(piece).items():
                 yield f"{prefix}.{name}", view
+
+    def signature(self) -> dict[str, Any]:
+        """What another supernet must share to go on from this one; see ``WeightSharing``."""
+        return signature(self.config)
+
+    def groups(self) -> TensorGroups:
+        """Views of all tensors, by the part they play on another data set."""
+        stem: dict[str, Tensor] = {}
+        trunk: dict[str, Tensor] = {}
+        classifier: dict[str, Tensor] = {}
+        parts = {"stem": stem, "classifier": classifier}
+        for prefix, packing, piece in self._pieces(self.weights.detach()):
+            views = packing.unpack(piece).items()
+            parts.get(prefix, trunk).update({f"{prefix}.{name}": view for name, view in views})
+        size = self.stem_statistics.size
+        for name in ("running_mean", "running_variance"):
+            stem[name], trunk[name] = getattr(self, name)[:size], getattr(self, name)[size:]
+        architecture = {"alphas": self.alphas.detach()}
+        if self.betas is not None:
+            architecture["betas"] = self.betas.detach()
+        return TensorGroups(trunk, stem, {"stem.filters": 2}, classifier, architecture)
 
     def forward(
         self,
@@ -256,15 +280,11 @@ class Supernet(nn.Module):
         norm = Normaliser.of(statistics, self.stem_statistics)
         return norm(x, "stem", weight=stem["scale"], bias=stem["shift"])
 
-    def _weight_packings(self) -> list[tuple[str, Packing]]:
-        cells = [(f"cells.{index}", plan.weights) for index, plan in enumerate(self.plans)]
-        return [("stem", self.stem), *cells, ("classifier", self.classifier)]
-
     def _statistics_packings(self) -> list[Packing]:
         return [self.stem_statistics, *(plan.statistics for plan in self.plans)]
 
     def _pieces(self, flat: Tensor) -> list[tuple[str, Packing, Tensor]]:
-        packings = self._weight_packings()
+        packings = self.weight_packings
         pieces = flat.split([packing.size for _, packing in packings])
         return [
             (name, packing, piece) for (name, packing), piece in zip(packings, pieces, strict=True)
@@ -281,7 +301,7 @@ class Supernet(nn.Module):
     def _initial_weights(self, draw: torch.Generator) -> Tensor:
         """PyTorch's default initialisation: uniform within 1 / sqrt(fan-in)."""
         pieces = []
-        for _, packing in self._weight_packings():
+        for _, packing in self.weight_packings:
             for name, shape in packing.shapes.items():
                 if name in ("scale", "shift"):
                     value = torch.full(shape, float(name == "scale"))
@@ -290,6 +310,25 @@ class Supernet(nn.Module):
                     value = torch.empty(shape).uniform_(-bound, bound, generator=draw)
                 pieces.append(value.flatten())
         return torch.cat(pieces)
+
+
+def signature(config: SupernetConfig) -> dict[str, Any]:
+    """The signature of a supernet of this configuration, which need not be built."""
+    return {"space": "darts", "operations": list(OPERATIONS), **asdict(config)}
+
+
+def weight_packings(shape: TaskShape, config: SupernetConfig) -> list[tuple[str, Packing]]:
+    """The layout of the flat weight vector: stem, cells and classifier, by name."""
+    plans = _plan_cells(config)
+    stem, out = STEM_MULTIPLIER * config.channels, 4 * plans[-1].channels
+    return [
+        (
+            "stem",
+            Packing({"filters": (3, 3, shape.channels, stem), "scale": (stem,), "shift": (stem,)}),
+        ),
+        *((f"cells.{index}", plan.weights) for index, plan in enumerate(plans)),
+        ("classifier", Packing({"matrix": (out, shape.classes), "bias": (shape.classes,)})),
+    ]
 
 
 def _fan_in(name: str, shape: tuple[int, ...], classifier: Packing) -> int:

@@ -217,7 +217,7 @@ def test_other_mixtures_of_types_are_named(
 
 def test_the_eager_twin_refuses_them_too() -> None:
     call = replace(draw_call(PLANS["full"]), previous=draw_half(PLANS["full"]).previous)
-    with pytest.raises(ConfigurationError, match="bfloat16 beside weights that are .*float64"):
+    with pytest.raises(ConfigurationError, match=r"bfloat16 beside weights that are .*float64"):
         run(mixed.mixed_cell, call)
 
 

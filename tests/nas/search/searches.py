@@ -63,6 +63,7 @@ def make_search(
     seed: int = 0,
     device: torch.device = CPU,
     backend: str = "auto",
+    storage: str = "float32",
     **settings: object,
 ) -> BilevelSearch:
     """Two epochs of two steps, unless ``settings`` of SearchConfig say otherwise."""
@@ -76,7 +77,9 @@ def make_search(
         "architecture_learning_rate": 0.01,
     }
     config = SearchConfig(**(values | settings))  # type: ignore[arg-type]
-    return BilevelSearch(task, method, config, seed=seed, device=device, backend=backend)
+    return BilevelSearch(
+        task, method, config, seed=seed, device=device, backend=backend, storage=storage
+    )
 
 
 def in_double(search: BilevelSearch) -> BilevelSearch:

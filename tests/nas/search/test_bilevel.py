@@ -90,7 +90,8 @@ def test_weight_step_is_clipped_sgd(few_digits: ImageTask) -> None:
 def test_the_levels_learn_from_disjoint_halves(few_digits: ImageTask) -> None:
     search = make_search(few_digits)
     first, second = halves(few_digits, 0)
-    sizes = search.train_batches.images_per_epoch, search.validation_batches.images_per_epoch
+    (source,) = search.sources.each
+    sizes = source.train.images_per_epoch, source.validation.images_per_epoch
     assert not set(first.tolist()) & set(second.tolist())
     assert not set(torch.cat([first, second]).tolist()) & set(few_digits.splits.test.tolist())
     assert sizes == (len(first) // 40 * 40, len(second) // 40 * 40)
@@ -194,7 +195,7 @@ def test_records_and_events(few_digits: ImageTask) -> None:
         ("search", 2, search.steps, 80)
     }
     # the supernet, then its discretised form
-    batches = 2 * len(search.evaluation_batches)
+    batches = 2 * len(search.sources.each[0].evaluation)
     assert [(e.phase, e.epoch, e.batch, e.batches, e.images) for e in listener.validations] == [
         ("validation", epoch, batch, batches, 40)
         for epoch in range(2)
@@ -214,7 +215,7 @@ def test_records_and_events(few_digits: ImageTask) -> None:
             "supernet/train_loss", "supernet/train_accuracy", "supernet/val_loss",
             "supernet/val_accuracy", "supernet/discretised_accuracy", "supernet/discretised_gap",
             "alpha/entropy_normal", "alpha/entropy_reduce", "skip/normal", "skip/reduce", "lr",
-            "images_per_second", "epoch_seconds", "peak_memory_mb",
+            "genotype/age", "images_per_second", "epoch_seconds", "peak_memory_mb",
         }  # fmt: skip
         assert all(math.isfinite(value) for value in metrics.values())
         gap = metrics["supernet/val_accuracy"] - metrics["supernet/discretised_accuracy"]
@@ -280,7 +281,7 @@ def test_evaluation_does_not_depend_on_the_order_of_the_set(all_digits: ImageTas
     )
     images = TensorImages(all_digits.images.gather(order))
     by_class = replace(all_digits, images=images, labels=all_digits.labels[order], splits=splits)
-    batch = next(make_search(by_class, batch_size=64).evaluation_batches.epoch())
+    batch = next(make_search(by_class, batch_size=64).sources.each[0].evaluation.epoch())
     assert len(batch.labels.unique()) == 10
 
 

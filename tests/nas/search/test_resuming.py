@@ -92,7 +92,7 @@ def test_killed_in_a_validation(
     few_digits: ImageTask, undisturbed: dict[str, dict[str, object]], tmp_path: Path
 ) -> None:
     """Of the second epoch, half way through its discretised supernet."""
-    batches = len(make_search(few_digits).evaluation_batches)
+    batches = len(make_search(few_digits).sources.each[0].evaluation)
     with pytest.raises(KilledError):
         make_search(few_digits).run(tmp_path / "c", Killer(4 * batches - 1, VALIDATION))
     assert outcome(make_search(few_digits).run(tmp_path / "c")) == undisturbed["darts"]

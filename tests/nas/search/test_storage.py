@@ -1,0 +1,73 @@
+"""Searches that keep images between the cells of their supernet in bfloat16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from searches import KilledError, Killer, exact, make_search, outcome
+
+from nas.data import ImageTask, TaskShape
+from nas.errors import CheckpointError, ConfigurationError, UnknownNameError
+from nas.search import METHODS
+from nas.spaces.darts.supernet import Supernet, SupernetConfig
+
+SIZE = SupernetConfig(channels=4, cells=3)
+
+
+@pytest.mark.parametrize("method", ["darts", "pcdarts"])
+def test_a_search_learns_as_it_does_in_float32(
+    method: str, backend: str, all_digits: ImageTask
+) -> None:
+    ends = {}
+    for storage in ("float32", "bfloat16"):
+        search = make_search(
+            all_digits, method, backend=backend, storage=storage, epochs=3, batch_size=64
+        )
+        result = search.run()
+        losses = [record.metrics["supernet/train_loss"] for record in result.records]
+        assert losses[-1] < 0.8 * losses[0]
+        ends[storage] = result.records[-1].metrics
+        assert all(p.dtype == torch.float32 for p in result.supernet.parameters())
+    half, whole = ends["bfloat16"], ends["float32"]
+    assert half["supernet/train_loss"] == pytest.approx(whole["supernet/train_loss"], rel=0.15)
+    assert half["supernet/val_accuracy"] > 0.5
+    assert abs(half["supernet/val_accuracy"] - whole["supernet/val_accuracy"]) < 0.15
+
+
+def test_a_killed_search_goes_on_with_its_own_storage_alone(
+    few_digits: ImageTask, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    whole = make_search(few_digits, storage="bfloat16").run()
+    with pytest.raises(KilledError):
+        make_search(few_digits, storage="bfloat16").run(checkpoint, Killer(3))
+    with pytest.raises(CheckpointError):
+        make_search(few_digits).run(checkpoint)
+    resumed = make_search(few_digits, storage="bfloat16").run(checkpoint)
+    assert outcome(resumed) == outcome(whole)
+
+
+def test_storage_rounds_what_lies_between_the_cells_and_nothing_else() -> None:
+    shape, images = TaskShape(3, 8, 8, 5), torch.zeros(2, 3, 8, 8)
+    supernets = {
+        storage: Supernet(shape, SIZE, seed=0, backend="eager", storage=storage)
+        for storage in ("float32", "bfloat16")
+    }
+    states = [supernet.state_dict() for supernet in supernets.values()]
+    assert states[0].keys() == states[1].keys()
+    assert all(exact(states[0][name]) == exact(states[1][name]) for name in states[0])
+    half = supernets["bfloat16"]
+    mixing = METHODS["darts"].mixing(half).detach()
+    assert half(images, mixing).dtype == half.features(images, mixing).dtype == torch.float32
+
+
+def test_what_cannot_be_had_is_refused() -> None:
+    shape = TaskShape(3, 8, 8, 5)
+    with pytest.raises(UnknownNameError, match=r"unknown storage 'bfloat1': did you mean"):
+        Supernet(shape, SIZE, seed=0, storage="bfloat1")
+    supernet = Supernet(shape, SIZE, seed=0, storage="bfloat16").double()
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+    with pytest.raises(ConfigurationError, match=r"needs a supernet in float32, not torch.float64"):
+        supernet(images, METHODS["darts"].mixing(supernet))
