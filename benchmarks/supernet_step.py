@@ -33,6 +33,7 @@ from benchmarks.supernet.opponents import (
     IMPLEMENTATIONS,
     Opponent,
     make_opponent,
+    phases_of,
     stored_in,
     take_turn,
 )
@@ -114,7 +115,8 @@ def _measure(
         if name == "compile":
             say(f"  compile: {memory[name].first_seconds:.0f} s until the first turn was over")
     turns = {
-        name: partial(take_turn, opponent, setting.phases) for name, opponent in opponents.items()
+        name: partial(take_turn, opponent, phases_of(name, setting))
+        for name, opponent in opponents.items()
     }
     samples = take_turns(turns, budget, _probe(threads))
     load = load_average()
@@ -131,6 +133,7 @@ def _measure(
         )
         for phase in setting.phases
         for name in opponents
+        if phase in phases_of(name, setting)
     ]
 
 

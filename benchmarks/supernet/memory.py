@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.supernet.opponents import make_opponent, take_turn
+from benchmarks.supernet.opponents import make_opponent, phases_of, take_turn
 from benchmarks.supernet.setting import (
     BACKWARD,
     FORWARD,
@@ -84,11 +84,12 @@ def main() -> None:
     peers = None if request["peers"] is None else Path(request["peers"])
     opponent = make_opponent(request["name"], setting, peers)
     start = time.perf_counter()
-    take_turn(opponent, setting.phases)  # what is compiled or planned once is no part of a phase
+    phases = phases_of(request["name"], setting)
+    take_turn(opponent, phases)  # what is compiled or planned once is no part of a phase
     first_seconds = time.perf_counter() - start
     peaks = {}
     for work in ((FORWARD, BACKWARD), (STEP,), (SECOND_ORDER,)):
-        if set(work) <= set(setting.phases):
+        if set(work) <= set(phases):
             _forget_peak()
             for _ in range(2):
                 take_turn(opponent, work)

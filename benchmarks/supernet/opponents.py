@@ -115,6 +115,13 @@ def stored_in(name: str) -> str:
     return name.partition(" ")[2] or FLOAT32
 
 
+def phases_of(name: str, setting: Setting) -> tuple[str, ...]:
+    """The phases of ``setting`` that ``name`` does: second order is refused in bfloat16."""
+    if stored_in(name) == FLOAT32:
+        return setting.phases
+    return tuple(phase for phase in setting.phases if phase != SECOND_ORDER)
+
+
 def _supernet(setting: Setting, name: str) -> Supernet:
     """Raises UnavailableError where there is no such backend."""
     backend, storage = name.partition(" ")[0], stored_in(name)

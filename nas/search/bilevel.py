@@ -24,7 +24,7 @@ from nas.errors import ConfigurationError
 from nas.hardware import peak_memory_mb
 from nas.loop import ResumableLoop
 from nas.observer import EpochRecord, Observer
-from nas.ops.backend import AUTO, FLOAT32, NATIVE
+from nas.ops.backend import AUTO, FLOAT32, NATIVE, STORAGES
 from nas.optimisation import (
     copy_tensors,
     cosine,
@@ -110,6 +110,11 @@ class BilevelSearch(ResumableLoop[Pair]):
         sampling: str = SQUARE_ROOT,
         cuda_graphs: str = "off",
     ) -> None:
+        if storage in STORAGES and storage not in method.storages:
+            raise ConfigurationError(
+                f"storage '{storage}' is too coarse for the gradients of method '{method.name}'; "
+                f"it has {' or '.join(method.storages)}"
+            )
         tasks = [task] if isinstance(task, ImageTask) else list(task)
         self.method = method
         self.config = config

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nas.ops.backend import FLOAT32
 from nas.search.method import Method
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class SecondOrderDarts(Method):
     name = "darts-2nd"
     summary = "DARTS, second order: unrolled step with momentum (arXiv 1806.09055)"
     capturable = False
+    storages = (FLOAT32,)  # bfloat16 moves this small difference of gradients by most of its norm
 
     def architecture_gradients(
         self, search: BilevelSearch, train: Batch, validation: Batch

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nas.errors import ConfigurationError
+from nas.ops.backend import STORAGES
 from nas.search.stopping import Stopping
 from nas.spaces.darts.supernet import Mixing, Supernet, SupernetConfig
 
@@ -67,6 +68,7 @@ class Method:
 
     name = "darts"
     summary = "DARTS, first order (arXiv 1806.09055)"
+    storages: tuple[str, ...] = STORAGES  # of images, whose rounding its gradients bear
     capturable = True  # its steps are the same kernels every time, and draw nothing on the CPU
 
     def paper_config(self) -> SearchConfig:

@@ -63,6 +63,13 @@ def test_storage_rounds_what_lies_between_the_cells_and_nothing_else() -> None:
     assert half(images, mixing).dtype == half.features(images, mixing).dtype == torch.float32
 
 
+def test_second_order_which_it_would_drown_is_refused(few_digits: ImageTask) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"'bfloat16' is too coarse .* 'darts-2nd'; it has"
+    ):
+        make_search(few_digits, "darts-2nd", storage="bfloat16")
+
+
 def test_what_cannot_be_had_is_refused() -> None:
     shape = TaskShape(3, 8, 8, 5)
     with pytest.raises(UnknownNameError, match=r"unknown storage 'bfloat1': did you mean"):
