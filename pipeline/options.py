@@ -217,7 +217,9 @@ PresetName = Annotated[str, typer.Option("--preset", help=f"Scale of the whole j
 SearchEpochs = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Epochs of the search instead of the preset's.", rich_help_panel=SEARCH
+        min=1,
+        help="Epochs of the search instead of the preset's; of --method pdarts, of each stage.",
+        rich_help_panel=SEARCH,
     ),
 ]
 SearchBatchSize = Annotated[
@@ -229,7 +231,12 @@ SearchChannels = Annotated[
     typer.Option(min=1, help="Initial channels of the supernet.", rich_help_panel=SEARCH),
 ]
 SearchCells = Annotated[
-    int | None, typer.Option(min=1, help="Cells of the supernet.", rich_help_panel=SEARCH)
+    int | None,
+    typer.Option(
+        min=1,
+        help="Cells of the supernet; of --method pdarts, of that of the first stage.",
+        rich_help_panel=SEARCH,
+    ),
 ]
 ArchitectureName = Annotated[
     str,

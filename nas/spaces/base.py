@@ -60,6 +60,7 @@ class TensorGroups:
             axis of these channels.
         classifier: what depends on the classes.
         architecture: the architecture parameters.
+        operations: which of the operations are left, and when the others were dropped.
     """
 
     trunk: Mapping[str, Tensor]
@@ -67,6 +68,7 @@ class TensorGroups:
     image_axes: Mapping[str, int]
     classifier: Mapping[str, Tensor]
     architecture: Mapping[str, Tensor]
+    operations: Mapping[str, Tensor]
 
 
 class WeightSharing(Protocol):
@@ -75,7 +77,8 @@ class WeightSharing(Protocol):
     def signature(self) -> dict[str, Any]:
         """JSON-able: what two supernets must share for the tensors of one to fit the other.
 
-        The space and its operations, channels and cells; not the task.
+        The space and its operations, channels and cells, and whether operations were dropped; not
+        the task.
         """
 
     def groups(self) -> TensorGroups:
@@ -128,7 +131,7 @@ class Space(Protocol):
         """
 
     def signature(self, config: SupernetConfig) -> dict[str, Any]:
-        """The ``signature`` of a supernet of this configuration, which need not be built."""
+        """The ``signature`` of a fresh supernet of this configuration, which need not be built."""
 
     def weight_shapes(self, shape: TaskShape, config: SupernetConfig) -> dict[str, tuple[int, ...]]:
         """Names and shapes of such a supernet's weights; nothing is built."""

@@ -57,7 +57,7 @@ def parts(supernet: Supernet) -> dict[str, dict[str, Tensor]]:
     groups = supernet.groups()
     return {
         part: {name: tensor.clone() for name, tensor in getattr(groups, part).items()}
-        for part in ("trunk", "stem", "classifier", "architecture")
+        for part in ("trunk", "stem", "classifier", "architecture", "operations")
     }
 
 
@@ -79,8 +79,8 @@ class TestGroups:
     def test_what_is_written_the_supernet_has(self, config: SupernetConfig) -> None:
         supernet = fresh(config=config)
         groups = supernet.groups()
-        for part in (groups.trunk, groups.stem, groups.classifier, groups.architecture):
-            for tensor in part.values():
+        for part in ("trunk", "stem", "classifier", "architecture", "operations"):
+            for tensor in getattr(groups, part).values():
                 tensor.fill_(7)
         assert all((tensor == 7).all() for tensor in supernet.state_dict().values())
 
