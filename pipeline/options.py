@@ -85,7 +85,8 @@ WarmStartName = Annotated[
 WarmWhat = Annotated[
     str,
     typer.Option(
-        help="What the search takes over from the other supernet: weights, alphas or both.",
+        help="What the search takes over from the other supernet: weights, alphas or both; with "
+        "--warm-stages also operations: its operation sets alone.",
         rich_help_panel=SEARCH,
     ),
 ]
@@ -100,6 +101,15 @@ LearningRateScale = Annotated[
     float,
     typer.Option(
         help="Multiplies the learning rate of weights that were taken over.",
+        rich_help_panel=SEARCH,
+    ),
+]
+WarmStages = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Of --method pdarts run only the last so many stages, on the operations that the "
+        "other supernet had left at their start; 0 runs all stages.",
         rich_help_panel=SEARCH,
     ),
 ]

@@ -36,7 +36,7 @@ from nas.optimisation import (
 from nas.search.collapse import collapse_metrics
 from nas.search.method import Method, SearchConfig
 from nas.search.sources import SQUARE_ROOT, Pair, Sources
-from nas.search.stages import Stage, drop_weakest
+from nas.search.stages import Stage, drop_weakest, require_operations
 from nas.search.stopping import AGE, Stop
 from nas.spaces import find_space
 from nas.spaces.darts.genotype import Genotype
@@ -132,13 +132,14 @@ class BilevelSearch(ResumableLoop[Pair]):
         )
 
     def _begin(self, stage: int, start: Start | None = None) -> None:
-        """The supernet of stage number ``stage``, fresh from the seed, and its optimisers."""
+        """The supernet of stage number ``stage``, from ``start`` or the seed; its optimisers."""
         config = self.config
         supernet = find_space(self._space).supernet(
             self.sources.shape, config.supernet_of(stage), seed=self.seed, backend=self._backend
         )
         if start is not None:
             start.apply(supernet)
+            require_operations(supernet.dropped, config.stages[stage])
         self.supernet = supernet.to(self.device)
         self.weight_optimiser = torch.optim.SGD(
             [self.supernet.weights],
@@ -336,6 +337,7 @@ class BilevelSearch(ResumableLoop[Pair]):
         following = self.stage_number + 1
         weights = self.method.mixing(self.supernet).operations.detach()
         keep = self.config.stages[following].operations
+        assert keep is not None  # fewer than before
         dropped = drop_weakest(weights, self.supernet.dropped, keep)
         self._begin(following)
         self.supernet.dropped.copy_(dropped)

@@ -71,7 +71,8 @@ class SearchConfig:
                 "them at least one to learn in"
             )
         counts = [stage.operations for stage in self.stages]
-        if not counts or any(after >= before for before, after in pairwise(counts)):
+        falling = all(b is not None and (a is None or a > b) for a, b in pairwise(counts))
+        if not counts or not falling:
             raise ConfigurationError(
                 "a search has at least one stage, and each has fewer operations than the one "
                 f"before it, which is not so with {counts}"

@@ -44,7 +44,7 @@ class ProgressiveDarts(Method):
             learning_rate_end=0.0,
             architecture_learning_rate=6e-4,
             warmup_epochs=10,
-            stages=(Stage(8, 0, 0.0), Stage(5, 6, 0.4), Stage(3, 12, 0.7)),
+            stages=(Stage(), Stage(5, 6, 0.4), Stage(3, 12, 0.7)),
         )
 
     def weight_mixing(self, search: BilevelSearch) -> Mixing:

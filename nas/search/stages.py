@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nas.errors import ConfigurationError
-from nas.ops.mixed import OPERATIONS
+from nas.errors import CheckpointError, ConfigurationError
 
 FEWEST = 3  # operations on an edge: beside `none` and a skip that a method may rule out, another
 
@@ -22,21 +21,20 @@ class Stage:
     """One stage of a search.
 
     Attributes:
-        operations: that each edge has in it; the strongest of the stage before.
+        operations: that each edge has in it, the strongest of the stage before; None: all.
         deeper: cells that its supernet has more than ``SearchConfig.supernet``.
         skip_dropout: 0 <= p < 1; the chance that a skip is dropped in a step, at the start of the
             stage, for a method that drops them.
     """
 
-    operations: int = len(OPERATIONS)
+    operations: int | None = None
     deeper: int = 0
     skip_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if not FEWEST <= self.operations <= len(OPERATIONS):
+        if self.operations is not None and self.operations < FEWEST:
             raise ConfigurationError(
-                f"an edge has {FEWEST} to {len(OPERATIONS)} operations in a stage, not "
-                f"{self.operations}"
+                f"an edge has at least {FEWEST} operations in a stage, not {self.operations}"
             )
         if self.deeper < 0:
             raise ConfigurationError(f"a stage has at least 0 cells more, not {self.deeper}")
@@ -44,6 +42,20 @@ class Stage:
             raise ConfigurationError(
                 f"skips are dropped with a chance from 0 to below 1, not {self.skip_dropout}"
             )
+
+
+def require_operations(dropped: Tensor, stage: Stage) -> None:
+    """Return if every edge has as many operations left as ``stage`` says.
+
+    Raises:
+        CheckpointError: an edge has not: the supernet that the search begins with is of others.
+    """
+    counts = set((dropped == 0).sum(-1).flatten().tolist())
+    if stage.operations is not None and counts != {stage.operations}:
+        raise CheckpointError(
+            f"a stage of this search has {stage.operations} operations on each edge, but it would "
+            f"begin with {' or '.join(map(str, sorted(counts)))}"
+        )
 
 
 def drop_weakest(weights: Tensor, dropped: Tensor, keep: int) -> Tensor:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from nas.data.task import TaskShape
     from nas.spaces.darts.supernet import Supernet, SupernetConfig
 
+PRUNED = "pruned"  # of a signature: whether a search in stages has dropped operations
+
 
 class Network(nn.Module):
     """A concrete network of a space: images [B, channels, height, width] to logits [B, classes].
@@ -77,8 +79,8 @@ class WeightSharing(Protocol):
     def signature(self) -> dict[str, Any]:
         """JSON-able: what two supernets must share for the tensors of one to fit the other.
 
-        The space and its operations, channels and cells, and whether operations were dropped; not
-        the task.
+        "space", its "operations" and ``PRUNED``; channels, cells and whatever else gives the
+        tensors their shapes; not the task.
         """
 
     def groups(self) -> TensorGroups:

@@ -16,7 +16,7 @@ from nas.ops.backend import AUTO, choose
 from nas.ops.mixed import EDGES, NODES, NONE, OPERATIONS, CellPlan, Normaliser, Statistics
 from nas.ops.packing import Packing
 from nas.randomness import generator
-from nas.spaces.base import TensorGroups
+from nas.spaces.base import PRUNED, TensorGroups
 from nas.spaces.darts.genotype import Genotype, derive
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 NORMAL, REDUCE = range(2)
 STEM_MULTIPLIER = 3
-PRUNED = "pruned"  # of a signature: whether operations were dropped
 MAX_CELLS = 1000  # far above any paper's; a file must not make us plan for ever
 
 

@@ -73,7 +73,7 @@ def test_settings_of_pdarts() -> None:
         architecture_learning_rate=6e-4,
         architecture_weight_decay=1e-3,
         warmup_epochs=10,
-        stages=(Stage(8, 0, 0.0), Stage(5, 6, 0.4), Stage(3, 12, 0.7)),
+        stages=(Stage(None, 0, 0.0), Stage(5, 6, 0.4), Stage(3, 12, 0.7)),
     )
 
 

@@ -231,7 +231,7 @@ class TestRefused:
 
 def test_the_learning_rates_of_the_weights_are_scaled_and_no_others() -> None:
     config = SearchConfig()
-    scaled = WarmStartOptions(learning_rate_scale=0.1).scaled(config)
+    scaled = WarmStartOptions(learning_rate_scale=0.1).adapted(config)
     assert scaled.learning_rate == config.learning_rate * 0.1
     assert scaled.learning_rate_end == config.learning_rate_end * 0.1
     assert scaled.architecture_learning_rate == config.architecture_learning_rate
