@@ -319,7 +319,7 @@ class Supernet(nn.Module):
 
 def signature(config: SupernetConfig, *, pruned: bool) -> dict[str, Any]:
     """The signature of a supernet of this configuration, which need not be built."""
-    return {"space": "darts", "operations": list(OPERATIONS), **asdict(config), PRUNED: pruned}
+    return {"space": "darts", "operations": list(OPERATIONS), PRUNED: pruned, **asdict(config)}
 
 
 def weight_packings(shape: TaskShape, config: SupernetConfig) -> list[tuple[str, Packing]]:
