@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from abc import ABC, abstractmethod
@@ -96,7 +97,7 @@ class ResumableLoop(ABC, Generic[Item]):
         self.device = device
         self.epochs = epochs
         self.steps = steps
-        self.identity = dict(identity)
+        self.identity = json.loads(json.dumps(dict(identity)))  # as a checkpoint gives it back
         self.epoch = 0
         self.batch = 0
         self.unreported = 0  # images since the observer last heard
@@ -123,7 +124,7 @@ class ResumableLoop(ABC, Generic[Item]):
 
     @abstractmethod
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`tensors` gave."""
+        """Put back what :meth:`tensors` gave; the epoch is that of the checkpoint already."""
 
     def is_done(self) -> bool:
         """Whether no epoch is left; a function of what the checkpoint holds."""
@@ -232,9 +233,9 @@ class ResumableLoop(ABC, Generic[Item]):
                 f"the checkpoint is of another {self.phase}: data, settings or seed differ"
             )
         try:
+            self.epoch, self.batch = values["epoch"], values["batch"]
             self.load_tensors(state.tensors)
             self.meter.totals.copy_(state.tensors["meter"])
-            self.epoch, self.batch = values["epoch"], values["batch"]
             self.watch = Stopwatch(values["seconds"])
             self.epoch_watch = Stopwatch(values["epoch_seconds"])
             self.records = [EpochRecord(e, metrics) for e, metrics in enumerate(values["records"])]

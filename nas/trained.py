@@ -136,6 +136,8 @@ def read_supernet(path: Path) -> SavedSupernet:
     own = _supernet_tensors(supernet)
     _check_tensors(path, tensors, own)
     copy_tensors(own, tensors, "this supernet")
+    with _building(path, SUPERNET):
+        supernet.check_operations()
     return SavedSupernet(supernet, about, extra)
 
 

@@ -71,10 +71,11 @@ def warm_settings(
     what: str,
     alpha_temperature: float,
     learning_rate_scale: float,
+    stages: int,
 ) -> WarmSettings:
     """What a search shall begin with."""
     return WarmSettings(
-        source, data, WarmStartOptions(what, alpha_temperature, learning_rate_scale)
+        source, data, WarmStartOptions(what, alpha_temperature, learning_rate_scale, stages)
     )
 
 

@@ -61,6 +61,7 @@ def transfer_command(
     warm_what: o.WarmWhat = BOTH,
     alpha_temperature: o.AlphaTemperature = 1.0,
     learning_rate_scale: o.LearningRateScale = 1.0,
+    warm_stages: o.WarmStages = 0,
     contribute: o.Contribute = False,
     preset: o.PresetName = "quick",
     seeds: o.Seeds = 3,
@@ -121,7 +122,9 @@ def transfer_command(
                 seed=seed,
                 model_name=model_name or default_model_name(target),
             ),
-            warm=warm_settings(source, data_set, warm_what, alpha_temperature, learning_rate_scale),
+            warm=warm_settings(
+                source, data_set, warm_what, alpha_temperature, learning_rate_scale, warm_stages
+            ),
             contribute=contribute,
         ),
         Machine(
@@ -147,6 +150,7 @@ def search_command(
     warm_what: o.WarmWhat = BOTH,
     alpha_temperature: o.AlphaTemperature = 1.0,
     learning_rate_scale: o.LearningRateScale = 1.0,
+    warm_stages: o.WarmStages = 0,
     contribute: o.Contribute = False,
     preset: o.PresetName = "quick",
     seed: o.Seed = 0,
@@ -178,7 +182,7 @@ def search_command(
             else None
         )
         warm = warm_settings(
-            warm_start, data_set, warm_what, alpha_temperature, learning_rate_scale
+            warm_start, data_set, warm_what, alpha_temperature, learning_rate_scale, warm_stages
         )
     asked = DataSettings(source, source_size, source_limit, scale.largest)
     search(

@@ -85,7 +85,8 @@ WarmStartName = Annotated[
 WarmWhat = Annotated[
     str,
     typer.Option(
-        help="What the search takes over from the other supernet: weights, alphas or both.",
+        help="What the search takes over from the other supernet: weights, alphas or both; with "
+        "--warm-stages also operations: its operation sets alone.",
         rich_help_panel=SEARCH,
     ),
 ]
@@ -100,6 +101,15 @@ LearningRateScale = Annotated[
     float,
     typer.Option(
         help="Multiplies the learning rate of weights that were taken over.",
+        rich_help_panel=SEARCH,
+    ),
+]
+WarmStages = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Of --method pdarts run only the last so many stages, on the operations that the "
+        "other supernet had left at their start; 0 runs all stages.",
         rich_help_panel=SEARCH,
     ),
 ]
@@ -217,7 +227,9 @@ PresetName = Annotated[str, typer.Option("--preset", help=f"Scale of the whole j
 SearchEpochs = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Epochs of the search instead of the preset's.", rich_help_panel=SEARCH
+        min=1,
+        help="Epochs of the search instead of the preset's; of --method pdarts, of each stage.",
+        rich_help_panel=SEARCH,
     ),
 ]
 SearchBatchSize = Annotated[
@@ -229,7 +241,12 @@ SearchChannels = Annotated[
     typer.Option(min=1, help="Initial channels of the supernet.", rich_help_panel=SEARCH),
 ]
 SearchCells = Annotated[
-    int | None, typer.Option(min=1, help="Cells of the supernet.", rich_help_panel=SEARCH)
+    int | None,
+    typer.Option(
+        min=1,
+        help="Cells of the supernet; of --method pdarts, of that of the first stage.",
+        rich_help_panel=SEARCH,
+    ),
 ]
 ArchitectureName = Annotated[
     str,

@@ -36,7 +36,7 @@ class Preset:
         if not self.quick_search:
             return paper
         # Few steps: the architecture parameters must move further in each. The share of frozen
-        # epochs is the paper's.
+        # epochs is the paper's, and where its stages grow, each grows by a cell here.
         return replace(
             paper,
             supernet=replace(
@@ -49,6 +49,10 @@ class Preset:
             architecture_learning_rate=6e-3,
             warmup_epochs=round(QUICK_SEARCH_EPOCHS * paper.warmup_epochs / paper.epochs),
             crop_padding=1,
+            stages=tuple(
+                replace(stage, deeper=min(number, stage.deeper))
+                for number, stage in enumerate(paper.stages)
+            ),
         )
 
 

@@ -54,8 +54,8 @@ def search(settings: SearchSettings, machine: Machine) -> Found:
         warm = settings.warm
         start = None
         if warm is not None:
-            start = begin(job, task, warm, settings.config.supernet, search_source)
-        config = warm.options.scaled(settings.config) if warm and start else settings.config
+            start = begin(job, task, warm, settings.config, search_source)
+        config = warm.options.adapted(settings.config) if warm and start else settings.config
         found = search_step(job, [task], method, config, seed, backend, start=start)
         job.log.log_dataset(task, "source")
         job.log.log_json(found.genotype.to_json(), GENOTYPE_FILE)

@@ -129,7 +129,7 @@ def search_step(
         )
         with watched(title, step.log) as observer:
             result = search.run(step.checkpoint, observer)
-        return _keep(step, tasks, method, config, seed, result)
+        return _keep(step, tasks, method, seed, result)
 
     outcome = run_step(
         "search",
@@ -168,7 +168,8 @@ def search_step(
     )
     found = _found(outcome)
     if found.stopped:
-        say(f"{title} ended after {found.epochs} of {config.epochs} epochs: {found.stopped}")
+        epochs = config.epochs * len(config.stages)
+        say(f"{title} ended after {found.epochs} of {epochs} epochs: {found.stopped}")
     return found
 
 
@@ -238,12 +239,12 @@ def _keep(
     step: StepRun,
     tasks: Sequence[ImageTask],
     method: Method,
-    config: SearchConfig,
     seed: int,
     result: SearchResult,
 ) -> dict[str, Any]:
     """Write the search's files and pictures; the values are what a later step needs."""
-    skeleton = Skeleton("cifar", config.supernet.channels, config.supernet.cells)
+    supernet = result.supernet.config  # of the last stage
+    skeleton = Skeleton("cifar", supernet.channels, supernet.cells)
     architecture = DartsSpace().from_genotype(result.genotype, skeleton)
     accuracies = tuple(record.metrics["supernet/val_accuracy"] for record in result.records)
     card = Card(

@@ -86,8 +86,8 @@ def transfer_supernet(job: Job, settings: TransferSettings, backend: Backend) ->
         return _search(job, settings, source, settings.search, backend)
 
     warm = settings.warm
-    start = begin(job, target, warm, settings.search.supernet, search_source)
-    config = warm.options.scaled(settings.search) if start else settings.search
+    start = begin(job, target, warm, settings.search, search_source)
+    config = warm.options.adapted(settings.search) if start else settings.search
     found = search_step(
         job, [target], settings.method, config, settings.compare.seed, backend, start=start
     )

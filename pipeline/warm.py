@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nas.data import ImageTask
 from nas.errors import CheckpointError
+from nas.search import SearchConfig
 from nas.spaces import DartsSpace
-from nas.spaces.darts.supernet import SupernetConfig
 from nas.transfer.nearest import MAX_OVERLAP, Standing, Target, appraise, rank
 from nas.transfer.otdd import DatasetSketch, describe
 from nas.transfer.supernet import WarmStartOptions, require_compatible
@@ -55,22 +56,25 @@ def begin(
     job: Job,
     task: ImageTask,
     settings: WarmSettings,
-    config: SupernetConfig,
+    config: SearchConfig,
     search: Callable[[DataSettings], Found],
 ) -> Beginning | None:
     """The supernet that a search on ``task`` begins with; None is from scratch.
 
     Args:
-        config: of the supernet to be searched; the other one must fit it.
+        config: of the search, as it runs from scratch.
         search: searches a data set that ``settings`` names, or takes over an earlier search.
 
     Raises:
         CheckpointError: what was named does not fit, or its file is damaged.
+        ConfigurationError: the search has too few stages for what is asked.
         TrackingError: it is not there, or the registry does not answer.
     """
     source, tracker = settings.source, job.log.tracker
+    supernet = settings.options.adapted(config).supernet_of(0)
+    required = settings.options.required(DartsSpace().signature(supernet))
     if source == AUTO:
-        beginning = _nearest(job, task, config, settings.options)
+        beginning = _nearest(job, task, required, settings.options)
     elif settings.data is not None:
         found = search(settings.data)
         beginning = _of_search(found, f"the search on {found.source}", task, settings.options)
@@ -81,8 +85,7 @@ def begin(
         beginning = _registered(job, source, task, settings.options)
     if beginning is None:
         return None
-    signature = DartsSpace().signature(config)
-    require_compatible(beginning.entry.supernet.signature(), signature)
+    require_compatible(beginning.entry.supernet.signature(), required)
     if beginning.overlap > MAX_OVERLAP:
         warning = f"{beginning.title} was searched on {beginning.overlap:.1%} of these images"
         RunObserver(job.log).on_warning("overlap", warning)
@@ -124,11 +127,11 @@ def contribute(job: Job, tasks: Sequence[ImageTask], found: Found) -> Registered
 
 
 def _nearest(
-    job: Job, task: ImageTask, config: SupernetConfig, options: WarmStartOptions
+    job: Job, task: ImageTask, required: Mapping[str, Any], options: WarmStartOptions
 ) -> Beginning | None:
     """The nearest compatible supernet of the registry, once the ranking was shown."""
     tracker = job.log.tracker
-    versions = compatible_versions(tracker, DartsSpace().signature(config))
+    versions = compatible_versions(tracker, required)
     target: Target | None = None
     standings = []
     for version in versions:

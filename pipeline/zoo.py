@@ -17,6 +17,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from nas.data.catalog import FOLDER_PREFIX
 from nas.errors import TrackingError
+from nas.spaces.base import PRUNED
 from nas.transfer.otdd import DatasetSketch, load_sketch, pixels, save_sketch
 from nas.transfer.supernet import WarmStart, WarmStartOptions
 from nas.transfer.zoo import Card, ZooEntry, file_digest, load_entry
@@ -129,7 +130,7 @@ def publish_supernet(
                 save_sketch(Path(place, f"sketch-{number:03}.safetensors"), sketch)
             return log.log_output_model(SUPERNET, Path(place))
 
-    card, config = entry.card, entry.supernet.config
+    card, config, signature = entry.card, entry.supernet.config, entry.supernet.signature()
     names = ", ".join(source.name for source in card.sources)
     return publish(
         log,
@@ -141,10 +142,11 @@ def publish_supernet(
             f"A supernet of {config.cells} cells and {config.channels} channels, searched by "
             f"{card.method} on {names} for {len(card.accuracies)} epochs; validation accuracy "
             f"{card.accuracies[-1]:.2%}. Begin with it: -P transfer=supernet -P source={name}"
+            + (f" -P method={card.method} -P warm_stages=1" if signature[PRUNED] else "")
         ),
         tags={
             KIND: SUPERNET,
-            SIGNATURE: signature_text(entry.supernet.signature()),
+            SIGNATURE: signature_text(signature),
             DIGEST: file_digest(path),
             ACCURACY: repr(card.accuracies[-1]),
             DATA: _data_digest(card),
@@ -162,8 +164,8 @@ def signature_text(signature: Mapping[str, Any]) -> str:
     return json.dumps(dict(signature), sort_keys=True, separators=(",", ":"))
 
 
-def compatible_versions(tracker: Tracker, signature: Mapping[str, Any]) -> list[ModelVersion]:
-    """Registered supernets that one of this ``signature`` can go on from, the newest first.
+def compatible_versions(tracker: Tracker, required: Mapping[str, Any]) -> list[ModelVersion]:
+    """Registered supernets whose signature has all that is ``required``, the newest first.
 
     Raises:
         TrackingError: the registry does not answer.
@@ -180,9 +182,17 @@ def compatible_versions(tracker: Tracker, signature: Mapping[str, Any]) -> list[
             token = page.token
             if not token:
                 break
-    wanted = signature_text(signature)
-    fitting = [version for version in found if version.tags.get(SIGNATURE) == wanted]
+    fitting = [version for version in found if required.items() <= _signature(version).items()]
     return sorted(fitting, key=lambda v: (v.creation_timestamp, v.name), reverse=True)
+
+
+def _signature(version: ModelVersion) -> Mapping[str, Any]:
+    """From the tag; empty where somebody wrote something else there."""
+    try:
+        value = json.loads(version.tags.get(SIGNATURE, ""))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def load_stored(tracker: Tracker, version: ModelVersion) -> Stored:

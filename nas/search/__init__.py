@@ -5,9 +5,12 @@ from nas.search.bilevel import BilevelSearch, SearchResult
 from nas.search.darts import SecondOrderDarts
 from nas.search.method import Method, SearchConfig
 from nas.search.pcdarts import PartialChannelDarts
+from nas.search.pdarts import ProgressiveDarts
+from nas.search.stages import Stage
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (Method(), SecondOrderDarts(), PartialChannelDarts())
+    method.name: method
+    for method in (Method(), SecondOrderDarts(), PartialChannelDarts(), ProgressiveDarts())
 }
 
 
@@ -28,5 +31,6 @@ __all__ = [
     "Method",
     "SearchConfig",
     "SearchResult",
+    "Stage",
     "find_method",
 ]

@@ -38,6 +38,7 @@ from nas.search.collapse import collapse_metrics
 from nas.search.method import Method, SearchConfig
 from nas.search.replay import Capture, Replayed, capture_graph
 from nas.search.sources import SQUARE_ROOT, Pair, Sources
+from nas.search.stages import Stage, drop_weakest, require_operations
 from nas.search.stopping import AGE, Stop
 from nas.spaces import find_space
 from nas.spaces.darts.genotype import Genotype
@@ -62,9 +63,10 @@ class SearchResult:
 
     Attributes:
         genotype: the discrete cells.
-        supernet: weights, architecture parameters and statistics at the end.
+        supernet: of the last stage: weights, architecture parameters and statistics at the end.
         records: the metrics of each epoch.
-        mixing_history: mixing weights after each epoch, [epochs, 2, 14, 8].
+        mixing_history: mixing weights after each epoch, [epochs, 2, 14, 8]; 0 where an operation
+            was dropped.
         seconds: time spent, including that of earlier, killed processes.
         stopped: why it ended before its last epoch; None where it did not.
     """
@@ -118,40 +120,20 @@ class BilevelSearch(ResumableLoop[Pair]):
         tasks = [task] if isinstance(task, ImageTask) else list(task)
         self.method = method
         self.config = config
+        self.seed = seed
         self.device = device
         self.sources = Sources(tasks, config, sampling, seed=seed, device=device, workers=workers)
-        supernet = find_space(space).supernet(
-            self.sources.shape, config.supernet, seed=seed, backend=backend, storage=storage
-        )
-        if start is not None:
-            start.apply(supernet)
-        self.supernet = supernet.to(device)
-        self.weight_optimiser = torch.optim.SGD(
-            [self.supernet.weights],
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-        self.architecture_optimiser = torch.optim.Adam(
-            self.supernet.architecture_parameters(),
-            lr=config.architecture_learning_rate,
-            betas=(0.5, 0.999),
-            weight_decay=config.architecture_weight_decay,
-            capturable=device.type == "cuda",
-        )
-        self.heads: tuple[slice | None, slice | None] = (None, None)  # of the batches at hand
-        self.weights_replayed: Replayed | None = None
-        self.architecture_replayed: Replayed | None = None
         if cuda_graphs not in ("auto", "off"):
             raise ConfigurationError(f"cuda_graphs is 'auto' or 'off', not '{cuda_graphs}'")
-        native = device.type == "cuda" and self.supernet.backend.name == NATIVE
-        if cuda_graphs == "auto" and native and method.capturable:
-            self.capture_steps()
+        self._space, self._backend, self._storage = space, backend, storage
+        self._graphs = cuda_graphs == "auto" and method.capturable
+        self.heads: tuple[slice | None, slice | None] = (None, None)  # of the batches at hand
+        self._begin(0, start)
         self.mixing_history: list[Tensor] = []
         self.genotype_digest = torch.zeros(32, dtype=torch.uint8)  # of the epoch before
         super().__init__(
             device,
-            config.epochs,
+            config.epochs * len(config.stages),
             self.sources.steps,
             {
                 "tasks": [task.digest for task in tasks],
@@ -166,18 +148,67 @@ class BilevelSearch(ResumableLoop[Pair]):
             },
         )
 
+    def _begin(self, stage: int, start: Start | None = None) -> None:
+        """The supernet of stage number ``stage``, from ``start`` or the seed; its optimisers."""
+        config = self.config
+        supernet = find_space(self._space).supernet(
+            self.sources.shape,
+            config.supernet_of(stage),
+            seed=self.seed,
+            backend=self._backend,
+            storage=self._storage,
+        )
+        if start is not None:
+            start.apply(supernet)
+            require_operations(supernet.dropped, config.stages[stage])
+        self.supernet = supernet.to(self.device)
+        self.weight_optimiser = torch.optim.SGD(
+            [self.supernet.weights],
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.architecture_optimiser = torch.optim.Adam(
+            self.supernet.architecture_parameters(),
+            lr=config.architecture_learning_rate,
+            betas=(0.5, 0.999),
+            weight_decay=config.architecture_weight_decay,
+            capturable=self.device.type == "cuda",
+        )
+        self.weights_replayed: Replayed | None = None
+        self.architecture_replayed: Replayed | None = None
+        if self._graphs and self.device.type == "cuda" and self.supernet.backend.name == NATIVE:
+            self.capture_steps()
+
+    @property
+    def stage_number(self) -> int:
+        """Of the stage under way, from 0; after the last epoch the last."""
+        return min(self.epoch // self.config.epochs, len(self.config.stages) - 1)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage under way."""
+        return self.config.stages[self.stage_number]
+
+    @property
+    def stage_epoch(self) -> int:
+        """Epochs since the stage began."""
+        return self.epoch - self.stage_number * self.config.epochs
+
     @property
     def learning_rate(self) -> float:
         """Of the weights, in this epoch."""
         config = self.config
-        return cosine(config.learning_rate, config.learning_rate_end, self.epoch, config.epochs)
+        return cosine(
+            config.learning_rate, config.learning_rate_end, self.stage_epoch, config.epochs
+        )
 
     def run(self, checkpoint: Path | None = None, observer: Observer | None = None) -> SearchResult:
         """Search to the end; see :meth:`ResumableLoop.run_epochs`."""
         self.run_epochs(checkpoint, observer or Observer())
         mixing = self.method.mixing(self.supernet).detach()
         return SearchResult(
-            self.supernet.derive(mixing),
+            self.method.derive(self, mixing),
             self.supernet,
             self.records,
             torch.stack(self.mixing_history),
@@ -188,7 +219,9 @@ class BilevelSearch(ResumableLoop[Pair]):
     @property
     def stop(self) -> Stop | None:
         """Why this search has ended early, from what it has recorded; None where it goes on."""
-        return self.config.stopping.judge(self.records[self.config.warmup_epochs :])
+        config = self.config
+        before = config.epochs * (len(config.stages) - 1) + config.warmup_epochs
+        return config.stopping.judge(self.records[before:])
 
     def is_done(self) -> bool:
         """After the last epoch, or where a rule of ``config.stopping`` says so."""
@@ -216,7 +249,7 @@ class BilevelSearch(ResumableLoop[Pair]):
     def step(self, item: Pair) -> int:
         """The architecture step, unless it is still frozen, and the weight step."""
         train, validation = item
-        if self.epoch >= self.config.warmup_epochs:
+        if self.stage_epoch >= self.config.warmup_epochs:
             self.architecture_step(train, validation)
         self.weight_step(train)
         return train.labels.numel() + validation.labels.numel()
@@ -325,7 +358,7 @@ class BilevelSearch(ResumableLoop[Pair]):
         training_seconds = self.epoch_watch.seconds
         loss, accuracy = self.meter.read(f"epoch {self.epoch + 1}")
         mixing = self.method.mixing(self.supernet).detach()
-        genotype = self.supernet.derive(mixing)
+        genotype = self.method.derive(self, mixing)
         losses, accuracies = zip(*self.accuracy(mixing, observer), strict=True)
         validation_accuracy = fmean(accuracies)
         discretised = fmean(
@@ -358,13 +391,26 @@ class BilevelSearch(ResumableLoop[Pair]):
             for source, value in zip(self.sources.each, accuracies, strict=True):
                 metrics[f"source/{source.metric}/val_accuracy"] = value
         self.method.between_epochs(self, self.epoch)
+        if self.stage_epoch == self.config.epochs - 1 and self.epoch < self.epochs - 1:
+            self._end_stage()
         return metrics
+
+    def _end_stage(self) -> None:
+        """Begin the next stage with the strongest operations of this one."""
+        following = self.stage_number + 1
+        weights = self.method.mixing(self.supernet).operations.detach()
+        keep = self.config.stages[following].operations
+        assert keep is not None  # fewer than before
+        dropped = drop_weakest(weights, self.supernet.dropped, keep)
+        self._begin(following)
+        self.supernet.dropped.copy_(dropped)
 
     def _age(self, genotype: Genotype) -> float:
         """Epochs for which the derived cells have not changed since the alphas began to learn."""
         text = json.dumps(genotype.to_json(), sort_keys=True)
         digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
-        is_same = self.epoch > self.config.warmup_epochs and digest.equal(self.genotype_digest)
+        has_learnt = self.stage_epoch > self.config.warmup_epochs
+        is_same = has_learnt and digest.equal(self.genotype_digest)
         self.genotype_digest = digest
         return self.records[-1].metrics[AGE] + 1 if is_same else 0.0
 
@@ -381,6 +427,8 @@ class BilevelSearch(ResumableLoop[Pair]):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`tensors` gave."""
+        if self.stage_number > 0:
+            self._begin(self.stage_number)
         copy_tensors(self.supernet.state_dict(), without_prefix("supernet", tensors), "this search")
         restore_optimiser("weight_optimiser", self.weight_optimiser, tensors)
         restore_optimiser("architecture_optimiser", self.architecture_optimiser, tensors)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from nas.errors import ConfigurationError
 from nas.ops.backend import STORAGES
+from nas.search.stages import Stage
 from nas.search.stopping import Stopping
+from nas.spaces.darts.genotype import Genotype
 from nas.spaces.darts.supernet import Mixing, Supernet, SupernetConfig
 
 if TYPE_CHECKING:
@@ -24,14 +27,20 @@ class SearchConfig:
 
     Attributes:
         supernet: its size.
-        epochs, batch_size: length of the search; images a step, from either half of the data.
-        learning_rate, learning_rate_end: SGD on the weights, half a cosine between the two.
+        epochs, batch_size: length of the search, or of each of its stages; images a step, from
+            either half of the data.
+        learning_rate, learning_rate_end: SGD on the weights, half a cosine between the two, in
+            each stage anew.
         momentum, weight_decay, gradient_clip: of the weights.
         architecture_learning_rate, architecture_weight_decay: Adam (0.5, 0.999) on the alphas.
-        warmup_epochs: epochs at the start in which only the weights learn (PC-DARTS).
+        warmup_epochs: epochs at the start, of each stage, in which only the weights learn
+            (PC-DARTS).
         crop_padding, flip: augmentation, with ``flip`` only where the data allow it.
         skip_limit: skips in the normal cell above this many are called a collapse (P-DARTS: 2).
-        stopping: what may end the search before its last epoch; by default nothing.
+        stopping: what may end the search before its last epoch; by default nothing. Of
+            several stages they judge the last.
+        stages: each begins with new weights, architecture parameters and optimisers, and with the
+            strongest operations of the stage before it. Most methods have one.
     """
 
     supernet: SupernetConfig = field(default_factory=SupernetConfig)
@@ -49,6 +58,7 @@ class SearchConfig:
     flip: bool = True
     skip_limit: int = 2
     stopping: Stopping = field(default_factory=Stopping)
+    stages: tuple[Stage, ...] = (Stage(),)
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2:  # a batch is normalised by its own statistics
@@ -61,6 +71,17 @@ class SearchConfig:
                 f"the alphas are frozen for {self.warmup_epochs} of {self.epochs} epochs: leave "
                 "them at least one to learn in"
             )
+        counts = [stage.operations for stage in self.stages]
+        falling = all(b is not None and (a is None or a > b) for a, b in pairwise(counts))
+        if not counts or not falling:
+            raise ConfigurationError(
+                "a search has at least one stage, and each has fewer operations than the one "
+                f"before it, which is not so with {counts}"
+            )
+
+    def supernet_of(self, stage: int) -> SupernetConfig:
+        """The size of the supernet in stage number ``stage``, from 0."""
+        return replace(self.supernet, cells=self.supernet.cells + self.stages[stage].deeper)
 
 
 class Method:
@@ -81,11 +102,19 @@ class Method:
         if supernet.betas is not None:
             nodes = supernet.betas.split(supernet.incoming, dim=-1)
             edges = torch.cat([betas.softmax(-1) for betas in nodes], -1)
-        return Mixing(supernet.alphas.softmax(-1), edges)
+        return Mixing(supernet.active_alphas().softmax(-1), edges)
 
     def weight_mixing(self, search: BilevelSearch) -> Mixing:
         """Mixing weights for the weight step; SDARTS perturbs them here."""
         return self.mixing(search.supernet)
+
+    def architecture_mixing(self, search: BilevelSearch) -> Mixing:
+        """Mixing weights for the architecture step, of which the gradient is taken."""
+        return self.mixing(search.supernet)
+
+    def derive(self, search: BilevelSearch, mixing: Mixing) -> Genotype:
+        """The discrete cells that ``mixing`` stands for."""
+        return search.supernet.derive(mixing)
 
     def penalty(self, search: BilevelSearch) -> Tensor | None:
         """What is added to the validation loss of the architecture step."""
@@ -99,7 +128,7 @@ class Method:
         First order (DARTS, equation 6 with xi = 0): of the validation loss at today's weights.
         """
         supernet = search.supernet
-        loss = search.loss(validation, self.mixing(supernet), supernet.weights.detach())
+        loss = search.loss(validation, self.architecture_mixing(search), supernet.weights.detach())
         penalty = self.penalty(search)
         total = loss if penalty is None else loss + penalty
         return list(torch.autograd.grad(total, supernet.architecture_parameters()))

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from nas.data.task import TaskShape
     from nas.spaces.darts.supernet import Supernet, SupernetConfig
 
+PRUNED = "pruned"  # of a signature: whether a search in stages has dropped operations
+
 
 class Network(nn.Module):
     """A concrete network of a space: images [B, channels, height, width] to logits [B, classes].
@@ -60,6 +62,7 @@ class TensorGroups:
             axis of these channels.
         classifier: what depends on the classes.
         architecture: the architecture parameters.
+        operations: which of the operations are left, and when the others were dropped.
     """
 
     trunk: Mapping[str, Tensor]
@@ -67,6 +70,7 @@ class TensorGroups:
     image_axes: Mapping[str, int]
     classifier: Mapping[str, Tensor]
     architecture: Mapping[str, Tensor]
+    operations: Mapping[str, Tensor]
 
 
 class WeightSharing(Protocol):
@@ -75,7 +79,8 @@ class WeightSharing(Protocol):
     def signature(self) -> dict[str, Any]:
         """JSON-able: what two supernets must share for the tensors of one to fit the other.
 
-        The space and its operations, channels and cells; not the task.
+        "space", its "operations" and ``PRUNED``; channels, cells and whatever else gives the
+        tensors their shapes; not the task.
         """
 
     def groups(self) -> TensorGroups:
@@ -134,7 +139,7 @@ class Space(Protocol):
         """
 
     def signature(self, config: SupernetConfig) -> dict[str, Any]:
-        """The ``signature`` of a supernet of this configuration, which need not be built."""
+        """The ``signature`` of a fresh supernet of this configuration, which need not be built."""
 
     def weight_shapes(self, shape: TaskShape, config: SupernetConfig) -> dict[str, tuple[int, ...]]:
         """Names and shapes of such a supernet's weights; nothing is built."""

@@ -144,6 +144,41 @@ def test_named_beginnings_are_all_the_same_supernet(
         assert message in capsys.readouterr().err
 
 
+def test_the_last_stages_begin_with_the_operations_of_others(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Warm-started DARTS: only supernets that were searched in stages are ranked."""
+    size = {**SIZE, "search_epochs": 1}
+    assert main(["pretrain", *arguments({**PRETRAIN, **size, "sources": "digits"})]) == 0
+    staged = {**size, "method": "pdarts"}
+    assert main(["pretrain", *arguments({**PRETRAIN, **staged, "sources": "mnist5k"})]) == 0
+    version = place.client.get_model_version("supernet-mnist5k", "1")
+    assert version.description.endswith("-P method=pdarts -P warm_stages=1")
+
+    command = {**SEARCH, **staged, "warm_start": "auto", "warm_stages": 1, "warm_what": "weights"}
+    capsys.readouterr()
+    assert main(["search", *arguments(command)]) == 0
+    job = place.jobs()[-1]
+    assert [row["supernet"] for row in ranking(place, job)] == ["supernet-mnist5k version 1"]
+    assert job.data.metrics["cost/search_epochs"] == 1
+    found = searches(place)
+    (ours,) = [tensors for name, tensors in found.items() if "from supernet-mnist5k" in name]
+    (theirs,) = [tensors for name, tensors in found.items() if name == "search on mnist5k"]
+    assert ours["dropped"].equal(theirs["dropped"])
+    assert (ours["dropped"] == 0).sum(-1).eq(3).all()
+
+    whole = {**command, "warm_stages": 0, "warm_what": "both", "warm_start": "supernet-mnist5k"}
+    darts = {**command, "method": "darts"}
+    unpruned = {**command, "warm_start": "supernet-digits", "warm_what": "operations"}
+    for refused, message in (
+        (whole, "it lost operations"),
+        (darts, "has 1 in all"),
+        (unpruned, "has all its operations"),
+    ):
+        assert main(["search", *arguments(refused)]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_nothing_there_is_said_and_searched_from_scratch(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,6 +129,8 @@ class TestKnownWithoutData:
             ("transfer --warm-what alpha", ["'alpha'", "did you mean 'alphas'?"]),
             ("search --warm-start auto --alpha-temperature 0.5", ["at least 1", "0.5"]),
             ("transfer --learning-rate-scale 0", ["above 0", "0.0"]),
+            ("search --warm-start auto --warm-what operations", ["at least 1 runs", "not 0"]),
+            ("transfer --warm-stages 2", ["'operations'", "'both'"]),
             ("search --stop platau", ["unknown rule", "did you mean 'plateau'?"]),
             ("pretrain --sources digits,anmials", ["did you mean 'animals'?"]),
             ("pretrain --sources digits,digits", ["--sources", "digits,digits"]),
@@ -393,6 +395,16 @@ class TestOptions:
         assert first.contribute
         assert second.warm.data == DataSettings("mnist5k", None, 90, 14)
         assert (plain.warm, plain.contribute, plain.config.stopping) == (None, False, Stopping())
+
+    @pytest.mark.parametrize(
+        "command", ["search --warm-start auto", "transfer --transfer supernet --source auto"]
+    )
+    def test_the_last_stages_alone(self, command: str, asked: Asked) -> None:
+        stages = "--method pdarts --warm-what operations --warm-stages 2"
+        assert main([*command.split(), *stages.split()]) == 0
+        ((settings, _),) = asked
+        assert settings.warm.options == WarmStartOptions(what="operations", stages=2)
+        assert settings.method.name == "pdarts"
 
     @pytest.mark.parametrize("source", ["auto", "supernet-digits/3", "run:0123"])
     def test_a_transfer_by_supernet_begins_with_more_than_data(

@@ -77,6 +77,13 @@ class TestQuick:
         assert quick.warmup_epochs == pytest.approx(share * quick.epochs, abs=0.5)
         assert quick.architecture_weight_decay == paper.architecture_weight_decay
         assert quick.gradient_clip == paper.gradient_clip
+        kept = [(stage.operations, stage.skip_dropout) for stage in quick.stages]
+        assert kept == [(stage.operations, stage.skip_dropout) for stage in paper.stages]
+
+
+def test_stages_of_pdarts_grow_by_a_cell_in_quick() -> None:
+    config = find_preset("quick").search(find_method("pdarts"))
+    assert [config.supernet_of(stage).cells for stage in range(3)] == [4, 5, 6]
 
 
 def test_quick_builds_its_network_in_the_space() -> None:

@@ -96,8 +96,15 @@ def test_only_supernets_that_fit_are_found(
     add(log, 0.5)  # a network
     found = [str(v.version) for v in compatible_versions(log.tracker, SIGNATURE)]
     assert found == ["3", "1"]  # the newest first
-    other = DartsSpace().signature(replace(CONFIG, cells=5))
-    assert compatible_versions(log.tracker, other) == []
+    some = {"space": "darts", "operations": SIGNATURE["operations"], "pruned": False}
+    found = [str(v.version) for v in compatible_versions(log.tracker, some)]
+    assert found == ["3", "2", "1"]
+    for other in (
+        DartsSpace().signature(replace(CONFIG, cells=5)),
+        {**some, "pruned": True},
+        {**some, "operations": ["skip"]},
+    ):
+        assert compatible_versions(log.tracker, other) == []
 
 
 class TestRefused:

@@ -141,7 +141,7 @@ class DartsSpace:
 
     def signature(self, config: SupernetConfig) -> dict[str, Any]:
         """What two supernets must share for the tensors of one to fit the other."""
-        return signature(config)
+        return signature(config, pruned=False)
 
     def weight_shapes(self, shape: TaskShape, config: SupernetConfig) -> dict[str, tuple[int, ...]]:
         """Names and shapes of such a supernet's weights; nothing is built."""

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.errors import ConfigurationError, UnknownNameError
+from nas.errors import CheckpointError, ConfigurationError, UnknownNameError
 from nas.ops.backend import AUTO, BFLOAT16, FLOAT32, STORAGES, choose
-from nas.ops.mixed import EDGES, NODES, OPERATIONS, CellPlan, Normaliser, Statistics
+from nas.ops.mixed import EDGES, NODES, NONE, OPERATIONS, CellPlan, Normaliser, Statistics
 from nas.ops.packing import Packing
 from nas.randomness import generator
-from nas.spaces.base import TensorGroups
+from nas.spaces.base import PRUNED, TensorGroups
 from nas.spaces.darts.genotype import Genotype, derive
 
 if TYPE_CHECKING:
@@ -126,10 +126,14 @@ class Supernet(nn.Module):
     ``weights`` is one flat parameter, ``alphas`` [2, 14, 8] (and ``betas`` [2, 14] with edge
     normalisation) are the architecture parameters; running statistics are flat buffers. The
     normalisations keep no count of batches: with a fixed momentum nothing reads it.
+
+    ``dropped`` [2, 14, 8] tells which operations a search in stages has dropped: 0 for one that is
+    still there, and otherwise the number, from 1, of the stage after which it went.
     """
 
     running_mean: Tensor
     running_variance: Tensor
+    dropped: Tensor
 
     def __init__(
         self,
@@ -164,11 +168,39 @@ class Supernet(nn.Module):
         statistics = sum(packing.size for packing in self._statistics_packings())
         self.register_buffer("running_mean", torch.zeros(statistics))
         self.register_buffer("running_variance", torch.ones(statistics))
+        self.register_buffer("dropped", torch.zeros(self.alphas.shape, dtype=torch.uint8))
 
     @property
     def incoming(self) -> list[int]:
         """Number of edges that enter each node, in the order of the edges."""
         return [sum(target == node for _, target in EDGES) for node in range(2, 2 + NODES)]
+
+    def active_alphas(self) -> Tensor:
+        """The alphas [2, 14, 8], minus infinity where the operation was dropped.
+
+        A softmax gives such an operation the weight 0 and the gradient 0, whatever an optimiser
+        makes of its alpha.
+        """
+        return self.alphas.masked_fill(self.dropped != 0, -math.inf)
+
+    def check_operations(self) -> None:
+        """Return if ``dropped`` is what stages can have left, and not what a file made up.
+
+        Raises:
+            CheckpointError: an edge has no operation that a genotype may choose, or there were
+                more stages than operations.
+        """
+        if int(self.dropped.max()) >= len(OPERATIONS):
+            raise CheckpointError(
+                f"the supernet lost operations after stage {int(self.dropped.max())}, but there "
+                f"are only {len(OPERATIONS)} to lose"
+            )
+        choices = (self.dropped == 0)[..., NONE + 1 :].any(-1)
+        if not choices.all():
+            raise CheckpointError(
+                f"the supernet has {int((~choices).sum())} edges on which all operations were "
+                "dropped"
+            )
 
     def derive(self, mixing: Mixing) -> Genotype:
         """The discrete cells that ``mixing`` stands for (DARTS, section 2.4)."""
@@ -186,7 +218,7 @@ class Supernet(nn.Module):
 
     def signature(self) -> dict[str, Any]:
         """What another supernet must share to go on from this one; see ``WeightSharing``."""
-        return signature(self.config)
+        return signature(self.config, pruned=bool(self.dropped.any()))
 
     def groups(self) -> TensorGroups:
         """Views of all tensors, by the part they play on another data set."""
@@ -203,7 +235,8 @@ class Supernet(nn.Module):
         architecture = {"alphas": self.alphas.detach()}
         if self.betas is not None:
             architecture["betas"] = self.betas.detach()
-        return TensorGroups(trunk, stem, {"stem.filters": 2}, classifier, architecture)
+        operations = {"dropped": self.dropped}
+        return TensorGroups(trunk, stem, {"stem.filters": 2}, classifier, architecture, operations)
 
     def forward(
         self,
@@ -312,9 +345,9 @@ class Supernet(nn.Module):
         return torch.cat(pieces)
 
 
-def signature(config: SupernetConfig) -> dict[str, Any]:
+def signature(config: SupernetConfig, *, pruned: bool) -> dict[str, Any]:
     """The signature of a supernet of this configuration, which need not be built."""
-    return {"space": "darts", "operations": list(OPERATIONS), **asdict(config)}
+    return {"space": "darts", "operations": list(OPERATIONS), PRUNED: pruned, **asdict(config)}
 
 
 def weight_packings(shape: TaskShape, config: SupernetConfig) -> list[tuple[str, Packing]]:

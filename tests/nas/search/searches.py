@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nas.data import Batch, ImageTask
 from nas.observer import VALIDATION, BatchEvent, EpochRecord, Observer
-from nas.search import BilevelSearch, Method, SearchConfig, SearchResult, find_method
+from nas.search import BilevelSearch, Method, SearchConfig, SearchResult, Stage, find_method
 from nas.spaces.darts.supernet import SupernetConfig
 
 CPU = torch.device("cpu")
@@ -18,6 +18,9 @@ SUPERNETS = {
     "darts": SupernetConfig(channels=2, cells=3),
     "darts-2nd": SupernetConfig(channels=2, cells=3),
     "pcdarts": SupernetConfig(channels=4, cells=3, partial=2, edge_normalisation=True),
+}
+OWN: dict[str, dict[str, object]] = {  # two epochs all the same, one of them in each stage
+    "pdarts": {"epochs": 1, "stages": (Stage(8, 0, 0.3), Stage(4, 1, 0.5))}
 }
 
 
@@ -76,7 +79,7 @@ def make_search(
         "learning_rate": 0.1,
         "architecture_learning_rate": 0.01,
     }
-    config = SearchConfig(**(values | settings))  # type: ignore[arg-type]
+    config = SearchConfig(**(values | OWN.get(method.name, {}) | settings))  # type: ignore[arg-type]
     return BilevelSearch(
         task, method, config, seed=seed, device=device, backend=backend, storage=storage
     )

@@ -9,7 +9,7 @@ import torch
 
 from nas.data import TaskShape
 from nas.errors import UnknownNameError
-from nas.search import METHODS, SearchConfig, find_method
+from nas.search import METHODS, SearchConfig, Stage, find_method
 from nas.search.collapse import collapse_metrics
 from nas.spaces.darts import PUBLISHED
 from nas.spaces.darts.supernet import Mixing, Supernet, SupernetConfig
@@ -18,7 +18,7 @@ SHAPE = TaskShape(1, 8, 8, 4)
 
 
 def test_each_method_stands_under_its_own_name() -> None:
-    assert set(METHODS) == {"darts", "darts-2nd", "pcdarts"}
+    assert set(METHODS) == {"darts", "darts-2nd", "pcdarts", "pdarts"}
     assert all(find_method(name).name == name for name in METHODS)
 
 
@@ -57,6 +57,23 @@ def test_settings_of_pcdarts() -> None:
         architecture_learning_rate=6e-4,
         architecture_weight_decay=1e-3,
         warmup_epochs=15,
+    )
+
+
+def test_settings_of_pdarts() -> None:
+    assert find_method("pdarts").paper_config() == SearchConfig(
+        supernet=SupernetConfig(channels=16, cells=5, partial=1, edge_normalisation=False),
+        epochs=25,
+        batch_size=96,
+        learning_rate=0.025,
+        learning_rate_end=0.0,
+        momentum=0.9,
+        weight_decay=3e-4,
+        gradient_clip=5.0,
+        architecture_learning_rate=6e-4,
+        architecture_weight_decay=1e-3,
+        warmup_epochs=10,
+        stages=(Stage(None, 0, 0.0), Stage(5, 6, 0.4), Stage(3, 12, 0.7)),
     )
 
 

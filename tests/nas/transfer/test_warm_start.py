@@ -57,7 +57,7 @@ def parts(supernet: Supernet) -> dict[str, dict[str, Tensor]]:
     groups = supernet.groups()
     return {
         part: {name: tensor.clone() for name, tensor in getattr(groups, part).items()}
-        for part in ("trunk", "stem", "classifier", "architecture")
+        for part in ("trunk", "stem", "classifier", "architecture", "operations")
     }
 
 
@@ -79,8 +79,8 @@ class TestGroups:
     def test_what_is_written_the_supernet_has(self, config: SupernetConfig) -> None:
         supernet = fresh(config=config)
         groups = supernet.groups()
-        for part in (groups.trunk, groups.stem, groups.classifier, groups.architecture):
-            for tensor in part.values():
+        for part in ("trunk", "stem", "classifier", "architecture", "operations"):
+            for tensor in getattr(groups, part).values():
                 tensor.fill_(7)
         assert all((tensor == 7).all() for tensor in supernet.state_dict().values())
 
@@ -231,7 +231,7 @@ class TestRefused:
 
 def test_the_learning_rates_of_the_weights_are_scaled_and_no_others() -> None:
     config = SearchConfig()
-    scaled = WarmStartOptions(learning_rate_scale=0.1).scaled(config)
+    scaled = WarmStartOptions(learning_rate_scale=0.1).adapted(config)
     assert scaled.learning_rate == config.learning_rate * 0.1
     assert scaled.learning_rate_end == config.learning_rate_end * 0.1
     assert scaled.architecture_learning_rate == config.architecture_learning_rate
