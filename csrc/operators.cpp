@@ -108,13 +108,17 @@ void run(const CellForward<double>& call) { run(call, kernels().forward_double, 
 void run(const CellBackward<float>& call) { run(call, kernels().backward_float, false); }
 void run(const CellBackward<double>& call) { run(call, kernels().backward_double, true); }
 
-// Memory for what the backward pass reads again; it goes back to its pool with the tensor.
-Tensor make_kept(const CellShape& shape, const at::TensorOptions& options, bool keep) {
-  if (!keep) return at::empty({0}, options);
-  const int64_t numbers = kernels().kept_numbers(shape);
-  const int64_t bytes = numbers * static_cast<int64_t>(options.dtype().itemsize());
-  return at::from_blob(
-      borrow(bytes), {numbers}, [bytes](void* piece) { give_back(piece, bytes); }, options);
+// A tensor in memory that is used again: it goes back to its pool with the tensor. Fresh pages, which
+// an ordinary tensor of this size may get at every call, cost as much as a convolution.
+Tensor lend(at::IntArrayRef sizes, const at::TensorOptions& options,
+            at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  const int64_t bytes = c10::multiply_integers(sizes) * int64_t(options.dtype().itemsize());
+  const auto release = [bytes](void* piece) { give_back(piece, bytes); };
+  if (format == at::MemoryFormat::Contiguous) {
+    return at::from_blob(borrow(bytes), sizes, release, options);
+  }
+  return at::from_blob(borrow(bytes), sizes, c10::get_channels_last_strides_2d(sizes), release,
+                       options);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell(
@@ -131,13 +135,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell(
               shape.images, " image whose nodes have ", shape.node_height(), " x ",
               shape.node_width(), " pixels");
   Tensor output =
-      at::empty({shape.images, kNodes * channels, shape.node_height(), shape.node_width()},
-                weights.options(), at::MemoryFormat::ChannelsLast);
-  Tensor states =
-      at::empty({2, shape.images, shape.height, shape.width, channels}, weights.options());
+      lend({shape.images, kNodes * channels, shape.node_height(), shape.node_width()},
+           weights.options(), at::MemoryFormat::ChannelsLast);
+  Tensor states = lend({2, shape.images, shape.height, shape.width, channels}, weights.options());
   Tensor mean = at::empty_like(running_mean), deviation = at::empty_like(running_mean),
          variance = at::empty_like(running_mean);
-  Tensor kept = make_kept(shape, weights.options(), keep);
+  Tensor kept = keep ? lend({kernels().kept_numbers(shape)}, weights.options())
+                     : at::empty({0}, weights.options());
   AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "mixed_cell", [&] {
     CellForward<scalar_t> call{};
     call.shape = shape;
@@ -184,8 +188,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell_backward(
   const auto make = [](const Tensor& like, bool needed) {
     return needed ? at::empty_like(like) : at::empty({0}, like.options());
   };
-  Tensor before_gradient = make(before, need_before),
-         previous_gradient = make(previous, need_previous);
+  const auto make_images = [&](const Tensor& like, bool needed) {
+    return needed ? lend(like.sizes(), like.options(), at::MemoryFormat::ChannelsLast)
+                  : make(like, false);
+  };
+  Tensor before_gradient = make_images(before, need_before),
+         previous_gradient = make_images(previous, need_previous);
   Tensor weights_gradient = make(weights, need_weights);
   Tensor operations_gradient = make(operations, need_mixing),
          bypass_gradient = make(bypass, need_mixing);

@@ -58,6 +58,7 @@ class ForwardCell {
       int target = 2;
       while (first_edge(target + 1) <= edge) ++target;
       weights_.pack(call_.weights, int(edge), int(edge) - first_edge(target), target);
+      if (call_.kept) clear_dead(int(edge), int(edge) - first_edge(target), target);
     });
     preprocess_.forward(call_, pool_, merged_, [&](int s, int64_t chunk) {
       for_blocks(chunk, [&](int64_t block) { gather_state(s, block); });
@@ -103,6 +104,22 @@ class ForwardCell {
         });
       });
     }
+  }
+
+  // What is not computed is not kept either, but equal calls shall give equal tensors.
+  void clear_dead(int edge, int s, int target) {
+    const Kept<T> kept(geometry_);
+    const bool* live = call_.live[edge];
+    const auto clear = [&](int64_t offset) {
+      Vec<T>* planes = reinterpret_cast<Vec<T>*>(call_.kept) + offset;
+      std::fill(planes, planes + geometry_.node_planes(), Vec<T>::zero());
+    };
+    for (const Branch* branches : {kFirst, kFirst + 2, kSecond}) {
+      for (int k = 0; k < 2; ++k) {
+        if (!live[branches[k].operation]) clear(kept.convolution(edge, branches[k].convolution));
+      }
+    }
+    if (geometry_.stride(s) == 2 && !live[kSkip]) clear(kept.reduced(reducing_slot(s, target)));
   }
 
   // Pools of the states that no edge has left yet.
