@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nas.errors import UnknownNameError
-from nas.ops.backend import NATIVE, Backend
 from nas.search import find_method
 from nas.study.analysis import COLUMNS, STUDY, Row
 from nas.study.domains import EVEN, INVERTED, ODD, TURNED, Domain
@@ -100,14 +99,13 @@ def warm_start_study(settings: StudySettings, machine: Machine) -> None:
 
 def run_warm_start(design: WarmStartStudy, settings: StudySettings, machine: Machine) -> None:
     """Run what is missing of ``design`` and write the report."""
-    backend = pick_backend(machine)
     tags = {"space": "darts", "study": design.digest}
     with (
         open_job(f"study {settings.preset}", machine, {}, tags) as job,
         locked(_lock_of(settings.results), "the study"),
     ):
         rows = Rows(settings.results, COLUMNS, (STUDY, design.digest))
-        _run_missing(job, design, settings, backend, rows)
+        _run_missing(job, design, settings, rows)
         known = [Row.read(row) for row in rows.rows]
         report = write_report(known, len(design.cells()), settings.results.parent)
         job.log.log_artifact(settings.results)
@@ -125,15 +123,14 @@ def _lock_of(results: Path) -> Path:
     return folder / f"{name}.lock"
 
 
-def _run_missing(
-    job: Job, design: WarmStartStudy, settings: StudySettings, backend: Backend, rows: Rows
-) -> None:
+def _run_missing(job: Job, design: WarmStartStudy, settings: StudySettings, rows: Rows) -> None:
     done = {Row.read(row).key for row in rows.rows}
     cells = design.cells()
     missing = [cell for cell in cells if key_of(cell) not in done][: settings.at_most]
     say(f"{len(cells)} cells, {len(done)} of them done, {len(missing)} to run")
     if not missing:
         return
+    backend = pick_backend(job.machine)  # not for a report alone: this may compile
     laboratory = Laboratory(
         design,
         job.machine.data or home() / "data",
@@ -141,11 +138,11 @@ def _run_missing(
         device=job.device,
         backend=backend.name,
     )
-    name = f"{backend.name}, {describe_device()}" if backend.name == NATIVE else describe_device()
     with counting(f"study {settings.preset}") as progress:
         for number, cell in enumerate(missing):
             progress("cells", number, len(missing))
-            row = _run_cell(job, laboratory, cell, name)
+            outcome = _run_cell(job, laboratory, cell)
+            row = Row.of(design, cell, outcome, f"{backend.name}, {describe_device()}")
             rows.append(row.write())
             say(f"{number + 1}/{len(missing)} {cell.title}: {row.summary}")
 
@@ -155,7 +152,7 @@ def key_of(cell: Cell) -> tuple[str, ...]:
     return cell.target.name, cell.method, str(cell.seed), cell.start, cell.budget
 
 
-def _run_cell(job: Job, laboratory: Laboratory, cell: Cell, device: str) -> Row:
+def _run_cell(job: Job, laboratory: Laboratory, cell: Cell) -> Outcome:
     tags = {
         "space": "darts",
         "step": "cell",
@@ -171,7 +168,7 @@ def _run_cell(job: Job, laboratory: Laboratory, cell: Cell, device: str) -> Row:
         log.set_tags({"source": "+".join(outcome.sources) or "scratch"})
         log.log_metrics(_metrics(outcome))
         log.log_json(outcome.genotype.to_json(), "genotype.json")
-    return Row.of(laboratory.study, cell, outcome, device)
+    return outcome
 
 
 def _metrics(outcome: Outcome) -> Mapping[str, float]:

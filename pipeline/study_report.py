@@ -191,7 +191,8 @@ def _pictures(rows: Sequence[Row], found: Sequence[Race]) -> Iterator[tuple[str,
                 {start: sorted(race.speed_up for race in own) for start, own in ran.items()}
             ),
         )
-        yield "curves.png", draw_mean_curves(_curves(rows, [SCRATCH, *ran]))
+        if curves := _curves(rows, [SCRATCH, *ran]):
+            yield "curves.png", draw_mean_curves(curves)
     single = {start: own for start, own in ran.items() if start in SINGLE}
     if single:
         points = {

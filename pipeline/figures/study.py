@@ -76,7 +76,8 @@ def draw_mean_curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     All groups must be of the same targets, methods and seeds, or their means differ by those.
     """
     figure, (axes,) = new_figure(5.6)
-    quiet(axes, "the supernet's validation accuracy", y="top-1 (%), mean over the searches")
+    searches = len(next(iter(curves.values())))
+    quiet(axes, f"validation accuracy of {searches} supernets of each kind", y="mean top-1 (%)")
     for name, group in curves.items():
         means = 100 * np.asarray(group, dtype=np.float64).mean(axis=0)
         epochs = np.arange(1, len(means) + 1)

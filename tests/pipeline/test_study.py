@@ -22,6 +22,7 @@ from pipeline.rows import Rows
 from pipeline.study import StudySettings, run_warm_start, warm_start_preset
 
 ROOT = Path(__file__).resolve().parents[2]
+MACHINE = Machine("cpu", backend="eager")
 
 
 def tiny(seeds: int = 1) -> WarmStartStudy:
@@ -101,12 +102,12 @@ class TestRun:
         settings = StudySettings("warm-start", results, 1)
         monkeypatch.setattr(Laboratory, "run", dies_in_the_third)
         with pytest.raises(KeyboardInterrupt):
-            run_warm_start(tiny(), settings, Machine("cpu"))
+            run_warm_start(tiny(), settings, MACHINE)
         before = results.read_text()
         assert len(list(csv.DictReader(before.splitlines()))) == 2
 
         monkeypatch.setattr(Laboratory, "run", counts)
-        run_warm_start(tiny(), settings, Machine("cpu"))
+        run_warm_start(tiny(), settings, MACHINE)
         text = results.read_text()
         assert text.startswith(before)
         assert ran == tiny().cells()
@@ -117,11 +118,11 @@ class TestRun:
         for picture in re.findall(r"\]\((.*)\)", report):
             assert results.with_name(picture).stat().st_size > 1000
 
-        run_warm_start(tiny(), settings, Machine("cpu"))
+        run_warm_start(tiny(), settings, MACHINE)
         assert len(ran) == 7
         assert results.read_text() == text
         with pytest.raises(DataError, match="settings have changed since"):
-            run_warm_start(replace(tiny(), side=9), settings, Machine("cpu"))
+            run_warm_start(replace(tiny(), side=9), settings, MACHINE)
         self.check_runs()
 
     def check_rows(self, rows: list[dict[str, str]]) -> None:
