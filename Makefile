@@ -12,10 +12,10 @@ SOURCES := nas pipeline tests benchmarks setup.py
 SANITIZED := NAS_TRANSFER_SANITIZE=1 TORCH_EXTENSIONS_DIR=build/sanitize
 
 .DEFAULT_GOAL := help
-.PHONY: help setup transfer test lint sanitize bench ui upgrade clean
+.PHONY: help setup transfer test lint sanitize bench gpu-check ui upgrade clean
 
 help:  ## say what can be made
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(READY) $(NATIVE)  ## make the virtual environment, compile the kernels
 
@@ -49,10 +49,15 @@ sanitize: $(READY)  ## run the kernel tests under the address and undefined-beha
 	$(SANITIZED) $(BIN)/python -c 'from nas.ops.build import compiled; compiled()'
 	$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  $(BIN)/python -m pytest -n 0 tests/nas/ops --ignore tests/nas/ops/test_build.py
+	  $(BIN)/python -m pytest -n 0 tests/nas/ops --ignore tests/nas/ops/test_build.py \
+	  --ignore tests/nas/ops/test_cuda_emulated.py
+	PYTHONPATH=. $(BIN)/python tests/emulated_cells.py
 
 bench: setup  ## time the supernet's search step (ARGUMENTS="--peers PATH --json FILE")
 	$(BIN)/python -m benchmarks.supernet_step $(ARGUMENTS)
+
+gpu-check:  ## build, test and time the kernels on a GPU, with the python that PYTHON names
+	FORCE_CUDA=1 PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_check $(ARGUMENTS)
 
 ui: $(READY)  ## open the MLflow UI on the local store
 	$(BIN)/mlflow ui

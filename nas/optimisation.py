@@ -53,8 +53,9 @@ def restore_optimiser(prefix: str, optimiser: Optimizer, tensors: Mapping[str, T
                 f"the checkpoint has '{name}' of shape {tuple(value.shape)}, but "
                 f"{tuple(parameter.shape)} is wanted"
             )
-        # Adam counts its steps in a tensor that stays on the CPU.
-        device = "cpu" if entry == "step" else parameter.device
+        # Adam counts its steps in a tensor that stays on the CPU, unless graphs are to capture it.
+        counts = entry == "step" and not optimiser.defaults.get("capturable")
+        device = "cpu" if counts else parameter.device
         optimiser.state[parameter][entry] = value.to(device, copy=True)
 
 

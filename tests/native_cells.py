@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from hypothesis import assume
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +22,8 @@ TOLERANCE = 1e-10  # relative to the largest entry of a tensor, in double precis
 # Least scale of a comparison. The gradients that come in are of size 1: where all of a tensor is
 # smaller than this, large numbers have cancelled (a normalisation forgets the scale of its input).
 SMALLEST = 1e-2
+# Less than a vector of 16 lanes, powers of two or not; exactly one; more than one; two.
+MIXED_CHANNELS = [1, 2, 3, 4, 6, 8, 12, 16, 20, 32]
 ALL, SOME, ONE, ONE_EACH, NOTHING = CHOICES = ("all", "some", "one", "one-each", "nothing")
 
 
@@ -109,6 +113,37 @@ def _choose(choice: str, draw: torch.Generator) -> Tensor | None:
     if choice == ONE_EACH:
         active.scatter_(1, torch.randint(shape[1], (shape[0], 1), generator=draw), True)
     return active
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Call:
+    """Calls of any shape."""
+
+    def few(*values: int) -> int:
+        return draw(st.sampled_from(values))
+
+    partial, reduction, training = few(1, 2, 4), draw(st.booleans()), draw(st.booleans())
+    plan = CellPlan(
+        few(2, 3, 8, 33),
+        few(2, 4, 16, 40),
+        partial * few(*MIXED_CHANNELS),
+        partial,
+        reduction,
+        previous_reduction=draw(st.booleans()),
+    )
+    images, height, width = (draw(st.integers(1, 9)) for _ in range(3))
+    nodes = [(size + 1) // 2 if reduction else size for size in (height, width)]
+    assume(not training or images * nodes[0] * nodes[1] > 1)
+    return draw_call(
+        plan,
+        images,
+        (height, width),
+        missing=(few(0, 1), few(0, 1)),
+        training=training,
+        edges=draw(st.booleans()),
+        choice=draw(st.sampled_from(CHOICES)),
+        seed=draw(st.integers(0, 2**16)),
+    )
 
 
 def run(

@@ -367,7 +367,7 @@ class BackwardCell {
     return count;
   }
 
-  void rectify_between(int s, int k, int64_t block, const Padded<T>& to) const {
+  void rectify_between(int k, int64_t block, const Padded<T>& to) const {
     const Vec<T>* scale = coefficients_[kA3 + k];
     normalise_and_rectify(outputs_[kA3 + k] + node_block(block), scale,
                           scale + geometry_.lanes.groups, to);
@@ -537,7 +537,7 @@ class BackwardCell {
         if (!live[kSecond[k].operation]) continue;
         const int convolution = kSecond[k].convolution;
         const auto depthwise = Depthwise<T>::choose(kSecond[k].size, 1, 1);
-        rectify_between(s, k, block, second);
+        if (call_.weights_gradient) rectify_between(k, block, second);
         gradient_into(padded, s, edge, convolution, depthwise, block, chunk, second, gradient,
                       own);
         Vec<T> turned[25];
@@ -545,7 +545,7 @@ class BackwardCell {
           turn(depthwise, weights_.taps(edge, convolution) + group * depthwise.taps(), turned);
           for (int64_t y = 0; y < g.node_height; ++y) {
             gradient_row(depthwise, padded, group, y, turned, own.row, g.node_width, false);
-            keep_between(s, target, k, block, second, group, y, own.row);
+            keep_between(s, target, k, block, group, y, own.row);
           }
         }
       }
@@ -556,22 +556,23 @@ class BackwardCell {
   }
 
   // One row of the gradient between two convolutions, with the sums that its normalisation needs.
-  void keep_between(int s, int target, int k, int64_t block, const Padded<T>& second,
-                    int64_t group, int64_t y, const Vec<T>* row) {
+  void keep_between(int s, int target, int k, int64_t block, int64_t group, int64_t y,
+                    const Vec<T>* row) {
     const auto& g = geometry_;
     const int64_t at = node_block(block) + group * g.node_pixels + y * g.node_width;
     const Vec<T>* first = outputs_[kA3 + k] + at;
     Vec<T>* to = between_gradients_[k] + at;
-    const Vec<T>* mask = second.row(group, y);
-    const Vec<T> shift = mean(statistics(s, target, kFirst[k].convolution), group);
+    const Vec<T>* normalise = coefficients_[kA3 + k] + group;  // see prepare_edge
+    const Vec<T> scale = normalise[0], shift = normalise[g.lanes.groups];
+    const Vec<T> centre = mean(statistics(s, target, kFirst[k].convolution), group);
     Vec<T>* sum = sums_[kA3 + k] + (block * g.lanes.groups + group) * 2;
     if (y == 0) sum[0] = sum[1] = Vec<T>::zero();
     Vec<T> total = sum[0], product = sum[1];
     for (int64_t x = 0; x < g.node_width; ++x) {
-      const Vec<T> gradient = relu_gradient(row[x], mask[x]);
+      const Vec<T> gradient = relu_gradient(row[x], first[x] * scale + shift);
       to[x] = gradient;
       total += gradient;
-      product += gradient * (first[x] - shift);
+      product += gradient * (first[x] - centre);
     }
     sum[0] = total;
     sum[1] = product;
@@ -645,7 +646,8 @@ class BackwardCell {
       depthwise[k] = Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s)));
     }
     for_blocks(chunk, [&](int64_t block) {
-      rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
+      const Vec<T>* state = states_[s] + block * g.per_block(g.state_pixels(s));
+      if (call_.weights_gradient) rectify(state, input);
       for (int k = 0; k < 4; ++k) {
         if (!live[kFirst[k].operation]) continue;
         const Vec<T>* gradient = k < 2 ? between_gradients_[k] : node_gradients_[target - 2];
@@ -667,9 +669,10 @@ class BackwardCell {
                          own.row, input.width, begun);
             begun = true;
           }
-          const Vec<T>* mask = input.row(group, y);
+          const int64_t row = y * input.width;
+          const Vec<T>* mask = state + group * g.state_pixels(s) + row;
           for (int64_t x = 0; x < input.width; ++x) {
-            to[y * input.width + x] += relu_gradient(own.row[x], mask[x]);
+            to[row + x] += relu_gradient(own.row[x], mask[x]);
           }
         }
       }

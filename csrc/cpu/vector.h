@@ -80,10 +80,10 @@ template <typename T> NAS_INLINE Vec<T> relu(Vec<T> x) {
   return x;
 }
 
-// Gradient through relu, given its output: none where that is not positive.
-template <typename T> NAS_INLINE Vec<T> relu_gradient(Vec<T> gradient, const Vec<T>& rectified) {
+// Gradient through relu, given its input or output: none where that is not positive.
+template <typename T> NAS_INLINE Vec<T> relu_gradient(Vec<T> gradient, const Vec<T>& at) {
   NAS_UNROLL for (int i = 0; i < Vec<T>::kParts; ++i) {
-    gradient.part[i] = rectified.part[i] <= 0 ? typename Register<T>::type{} : gradient.part[i];
+    gradient.part[i] = at.part[i] <= 0 ? typename Register<T>::type{} : gradient.part[i];
   }
   return gradient;
 }

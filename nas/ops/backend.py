@@ -14,7 +14,6 @@ from nas.ops import build, mixed, native
 from nas.ops.mixed import CellPlan, Statistics
 
 AUTO, NATIVE, EAGER = BACKENDS = ("auto", "native", "eager")
-NATIVE_DEVICES = ("cpu",)
 
 
 class MixedCell(Protocol):
@@ -40,14 +39,16 @@ class Backend:
     Attributes:
         name: "native" or "eager".
         reason: for people: the instruction set in use, or what stands in the way.
+        devices: types of the devices that it has kernels for.
     """
 
     name: str
     reason: str
+    devices: tuple[str, ...] = ("cpu",)
 
     def mixed_cell(self, device: torch.device) -> MixedCell:
         """The cell for tensors on ``device``; eager where no kernel is."""
-        if self.name == NATIVE and device.type in NATIVE_DEVICES:
+        if self.name == NATIVE and device.type in self.devices:
             return native.mixed_cell
         return mixed.mixed_cell
 
@@ -69,14 +70,17 @@ def choose(
         raise UnknownNameError("backend", wanted, BACKENDS)
     if wanted == EAGER:
         return Backend(EAGER, "as asked for")
-    if device is not None and device.type not in NATIVE_DEVICES:
-        found, reason = None, f"there are no native kernels for {device.type} yet"
+    extension = build.load(say)
+    if extension.module is None:
+        reason = extension.reason
     else:
-        extension = build.load(say)
-        found, reason = extension.module, extension.reason
-    if found is not None:
-        native.register()
-        return Backend(NATIVE, f"{found.build_info()['instruction_set']}, {reason}")
+        info = extension.module.build_info()
+        devices = ("cpu", "cuda") if info["cuda"] else ("cpu",)
+        reason = f"{info['instruction_set']}, {extension.reason}"
+        if device is None or device.type in devices:
+            native.register()
+            return Backend(NATIVE, reason, devices)
+        reason = f"there are no native kernels for {device.type} in this build ({extension.reason})"
     if wanted == NATIVE:
         raise ConfigurationError(f"no native kernels: {reason}; backend 'eager' does without")
     return Backend(EAGER, reason)

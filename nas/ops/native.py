@@ -7,6 +7,7 @@ which is faster than reading it back from memory, and pays for no gradient that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -31,12 +32,34 @@ def mixed_cell(
     active: Tensor | None = None,
 ) -> Tensor:
     """One cell of the supernet; see :func:`nas.ops.mixed.mixed_cell`."""
+    operator = torch.ops.nas_transfer.mixed_cell
+    return call_operator(
+        operator, plan, before_previous, previous, weights, statistics, operations, edges, active
+    )
+
+
+def call_operator(
+    operator: Callable[..., tuple[Tensor, ...]],
+    plan: CellPlan,
+    before_previous: Tensor,
+    previous: Tensor,
+    weights: Tensor,
+    statistics: Statistics,
+    operations: Tensor,
+    edges: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """:func:`mixed_cell` by any operator with its schema."""
     channels_last = torch.channels_last
+    device = weights.device.type
+    if device != "cpu" and torch.is_autocast_enabled(device):  # the parameters stay as they are
+        narrow = torch.get_autocast_dtype(device)
+        before_previous, previous = before_previous.to(narrow), previous.to(narrow)
     keep = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad
         for x in (before_previous, previous, weights, operations, edges)
     )
-    output, _, mean, _, variance, _ = torch.ops.nas_transfer.mixed_cell(
+    output, _, mean, _, variance, _ = operator(
         before_previous.contiguous(memory_format=channels_last),
         previous.contiguous(memory_format=channels_last),
         weights,
@@ -87,7 +110,9 @@ def _shapes(
     images, _, height, width = previous.shape
     nodes = [(size + 1) // 2 if reduction else size for size in (height, width)]
     output = previous.new_empty(images, NODES * channels, *nodes)
-    kept = _kept_numbers(images * nodes[0] * nodes[1], images, channels // partial, reduction)
+    lanes = 1 if previous.device.type == "cuda" else 16
+    pixels = images * nodes[0] * nodes[1]
+    kept = _kept_numbers(pixels, images, channels // partial, reduction, lanes)
     return (
         output.to(memory_format=torch.channels_last),
         previous.new_empty(2, images, height, width, channels),
@@ -96,14 +121,13 @@ def _shapes(
     )
 
 
-def _kept_numbers(pixels: int, images: int, channels: int, reduction: bool) -> int:
+def _kept_numbers(pixels: int, images: int, channels: int, reduction: bool, lanes: int) -> int:
     """Size of what a forward pass keeps (csrc/cpu/edge.h, Kept): planes of all convolutions.
 
-    Sixteen channels of an image lie together, or with fewer channels, those of several images
-    (csrc/cpu/layout.h, Layout).
+    ``lanes`` channels of an image lie together, or with fewer channels, those of several images
+    (csrc/cpu/layout.h, Layout). A GPU has no such lanes: 1.
     """
     convolutions = 6 * len(EDGES) + (len(REDUCING) if reduction else 0)
-    lanes = 16
     if channels >= lanes:
         return convolutions * pixels * lanes * -(-channels // lanes)
     together = lanes // (1 << (channels - 1).bit_length())
@@ -140,14 +164,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(
-    ctx: Any, gradient: Tensor | None, *unused: Tensor | None
+    ctx: Any,
+    gradient: Tensor | None,
+    *unused: Tensor | None,
+    operator: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> tuple[Tensor | None, ...]:
+    operator = operator or torch.ops.nas_transfer.mixed_cell_backward
     if gradient is None:  # nothing that is differentiated looks at the cell's output
         return (None,) * 14
     need_before, need_previous, need_weights, _, _, need_operations, need_bypass = (
         ctx.needs_input_grad[:7]
     )
-    gradients = torch.ops.nas_transfer.mixed_cell_backward(
+    gradients = operator(
         gradient.contiguous(memory_format=torch.channels_last),
         *ctx.saved_tensors,
         *ctx.sizes,

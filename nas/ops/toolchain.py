@@ -111,7 +111,7 @@ def find_cuda(sources: Path) -> Cuda:
         return Cuda(None, "no CUDA sources")
     if wish == "0":
         return Cuda(None, "FORCE_CUDA=0")
-    home = _cuda_home()
+    home = find_cuda_home()
     if torch.version.cuda is None:
         lack = "this torch was built without CUDA"
     elif home is None:
@@ -129,7 +129,7 @@ def find_cuda(sources: Path) -> Cuda:
     return Cuda(None, lack)
 
 
-def _cuda_home() -> Path | None:
+def find_cuda_home() -> Path | None:
     """The toolkit's folder, known by a header: nvcc in PATH may be a wrapper far from it."""
     nvcc = shutil.which("nvcc")
     candidates = [

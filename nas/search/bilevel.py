@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nas.data import Batch, ImageTask
+from nas.errors import ConfigurationError
 from nas.hardware import peak_memory_mb
 from nas.loop import ResumableLoop
 from nas.observer import EpochRecord, Observer
-from nas.ops.backend import AUTO
+from nas.ops.backend import AUTO, NATIVE
 from nas.optimisation import (
     copy_tensors,
     cosine,
@@ -35,6 +36,7 @@ from nas.optimisation import (
 )
 from nas.search.collapse import collapse_metrics
 from nas.search.method import Method, SearchConfig
+from nas.search.replay import Capture, Replayed, capture_graph
 from nas.search.sources import SQUARE_ROOT, Pair, Sources
 from nas.search.stopping import AGE, Stop
 from nas.spaces import find_space
@@ -85,6 +87,8 @@ class BilevelSearch(ResumableLoop[Pair]):
         start: what to begin with instead of the weights of ``seed``.
         sampling: of several sets, how a step chooses one: "sqrt" by the root of their sizes, or
             "uniform".
+        cuda_graphs: "auto" captures both steps as CUDA graphs where the search runs on a GPU with
+            native kernels and its method allows it; "off" never does.
     """
 
     phase = "search"
@@ -102,6 +106,7 @@ class BilevelSearch(ResumableLoop[Pair]):
         backend: str = AUTO,
         start: Start | None = None,
         sampling: str = SQUARE_ROOT,
+        cuda_graphs: str = "off",
     ) -> None:
         tasks = [task] if isinstance(task, ImageTask) else list(task)
         self.method = method
@@ -125,7 +130,16 @@ class BilevelSearch(ResumableLoop[Pair]):
             lr=config.architecture_learning_rate,
             betas=(0.5, 0.999),
             weight_decay=config.architecture_weight_decay,
+            capturable=device.type == "cuda",
         )
+        self.heads: tuple[slice | None, slice | None] = (None, None)  # of the batches at hand
+        self.weights_replayed: Replayed | None = None
+        self.architecture_replayed: Replayed | None = None
+        if cuda_graphs not in ("auto", "off"):
+            raise ConfigurationError(f"cuda_graphs is 'auto' or 'off', not '{cuda_graphs}'")
+        native = device.type == "cuda" and self.supernet.backend.name == NATIVE
+        if cuda_graphs == "auto" and native and method.capturable:
+            self.capture_steps()
         self.mixing_history: list[Tensor] = []
         self.genotype_digest = torch.zeros(32, dtype=torch.uint8)  # of the epoch before
         super().__init__(
@@ -199,23 +213,59 @@ class BilevelSearch(ResumableLoop[Pair]):
         self.weight_step(train)
         return train.labels.numel() + validation.labels.numel()
 
+    def capture_steps(self, capture: Capture = capture_graph) -> None:
+        """Replay both steps from captures from now on.
+
+        Another batch size, learning rate or set of active operations captures anew.
+        """
+        self.weights_replayed = Replayed(self._move_weights, capture)
+        self.architecture_replayed = Replayed(self._move_architecture, capture)
+
     def architecture_step(self, train: Batch, validation: Batch) -> None:
         """Move the architecture parameters; no gradient of the weights is asked for."""
+        inputs = (train.images, train.labels, validation.images, validation.labels)
+        self.heads = (train.head, validation.head)
+        if self.architecture_replayed is None:
+            self._move_architecture(*inputs)
+        else:
+            self.architecture_replayed(self._kind(self.method.mixing(self.supernet)), *inputs)
+
+    def weight_step(self, train: Batch) -> None:
+        """Move the weights; no gradient of the architecture parameters is asked for."""
+        self.heads = (train.head, None)
+        if self.weights_replayed is None:
+            loss, scores = self._move_weights(train.images, train.labels)
+        else:
+            kind = self._kind(self.method.weight_mixing(self))
+            loss, scores = self.weights_replayed(kind, train.images, train.labels)
+        self.meter.add(loss, scores, train.labels)
+
+    def _kind(self, mixing: Mixing) -> tuple[float, bytes | None, str]:
+        """What a capture has in it beside tensors."""
+        active = None if mixing.active is None else mixing.active.numpy().tobytes()
+        return self.learning_rate, active, str(self.heads)
+
+    def _move_architecture(
+        self, images: Tensor, labels: Tensor, other_images: Tensor, other_labels: Tensor
+    ) -> tuple[Tensor, ...]:
         parameters = self.supernet.architecture_parameters()
+        train = Batch(images, labels, self.heads[0])
+        validation = Batch(other_images, other_labels, self.heads[1])
         gradients = self.method.architecture_gradients(self, train, validation)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         self.architecture_optimiser.step()
+        return ()
 
-    def weight_step(self, train: Batch) -> None:
-        """Move the weights; no gradient of the architecture parameters is asked for."""
+    def _move_weights(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         weights = self.supernet.weights
-        scores = self._scores(train, self.method.weight_mixing(self).detach())
-        loss = F.cross_entropy(scores, train.labels)
+        batch = Batch(images, labels, self.heads[0])
+        scores = self._scores(batch, self.method.weight_mixing(self).detach())
+        loss = F.cross_entropy(scores, labels)
         (weights.grad,) = torch.autograd.grad(loss, [weights])
         torch.nn.utils.clip_grad_norm_([weights], self.config.gradient_clip)
         self.weight_optimiser.step()
-        self.meter.add(loss, scores, train.labels)
+        return loss.detach(), scores.detach()
 
     def accuracy(
         self, mixing: Mixing, observer: Observer | None = None, part: int = 0

@@ -24,6 +24,7 @@ class SecondOrderDarts(Method):
 
     name = "darts-2nd"
     summary = "DARTS, second order: unrolled step with momentum (arXiv 1806.09055)"
+    capturable = False
 
     def architecture_gradients(
         self, search: BilevelSearch, train: Batch, validation: Batch

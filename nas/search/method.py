@@ -67,6 +67,7 @@ class Method:
 
     name = "darts"
     summary = "DARTS, first order (arXiv 1806.09055)"
+    capturable = True  # its steps are the same kernels every time, and draw nothing on the CPU
 
     def paper_config(self) -> SearchConfig:
         """The settings of the method's paper on CIFAR-10."""

@@ -91,9 +91,11 @@ class Mixing:
         """Which operations are computed: active ones whose weight is not exactly zero.
 
         An operation of weight zero adds nothing, gets no gradient and gathers no statistics.
-        Inside ``torch.compile`` values are unknown, and only ``active`` counts.
+        Inside ``torch.compile`` and while a CUDA graph is captured values are unknown, and only
+        ``active`` counts.
         """
-        if torch.compiler.is_compiling():
+        capturing = self.operations.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or capturing:
             return self.active
         weighted = (self.operations.detach() != 0).cpu()
         return weighted if self.active is None else weighted & self.active

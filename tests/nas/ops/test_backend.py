@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -49,16 +51,29 @@ def test_without_kernels_native_is_refused() -> None:
         choose("native")
 
 
-def test_devices_without_kernels_are_eager() -> None:
+def with_cuda(monkeypatch: pytest.MonkeyPatch, built: bool) -> None:
+    """A build with or without CUDA."""
+    module = SimpleNamespace(build_info=lambda: {"instruction_set": "any", "cuda": built})
+    monkeypatch.setattr(build, "load", lambda say=print: build.Extension(module, "no GPU here"))  # type: ignore[arg-type]
+    monkeypatch.setattr(native, "register", lambda: None)
+
+
+def test_devices_without_kernels_are_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_cuda(monkeypatch, False)
     backend = choose("auto", CUDA)
     assert backend.name == "eager"
-    assert "no native kernels for cuda" in backend.reason
-    with pytest.raises(ConfigurationError, match="no native kernels for cuda"):
+    assert backend.reason == "there are no native kernels for cuda in this build (no GPU here)"
+    with pytest.raises(ConfigurationError, match="no native kernels for cuda in this build"):
         choose("native", CUDA)
+    assert choose("native", CPU).mixed_cell(CUDA) is mixed.mixed_cell
 
 
-def test_a_supernet_moved_where_no_kernels_are_computes_eagerly() -> None:
-    assert Backend("native", "").mixed_cell(CUDA) is mixed.mixed_cell
+def test_a_gpu_is_native_where_its_kernels_were_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_cuda(monkeypatch, True)
+    for device in (CPU, CUDA):
+        backend = choose("auto", device)
+        assert backend.name == "native"
+        assert backend.mixed_cell(CPU) is backend.mixed_cell(CUDA) is native.mixed_cell
 
 
 def test_unknown_backend_suggests_the_nearest() -> None:

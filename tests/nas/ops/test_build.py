@@ -318,7 +318,7 @@ def test_cuda_is_decided_aloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("FORCE_CUDA", "0")
     assert toolchain.find_cuda(tmp_path) == Cuda(None, "FORCE_CUDA=0")
     monkeypatch.setenv("FORCE_CUDA", "1")
-    monkeypatch.setattr(toolchain, "_cuda_home", lambda: None)
+    monkeypatch.setattr(toolchain, "find_cuda_home", lambda: None)
     with pytest.raises(NativeError, match="FORCE_CUDA=1 cannot be met: no CUDA toolkit"):
         toolchain.find_cuda(tmp_path)
 

@@ -10,9 +10,8 @@ from statistics import median
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from native_cells import CHOICES, INPUTS, Call, assert_close, draw_call, run
+from hypothesis import given, settings
+from native_cells import CHOICES, INPUTS, Call, assert_close, calls, draw_call, run
 
 from nas.ops import build, mixed, native
 from nas.ops.mixed import CellPlan
@@ -20,8 +19,6 @@ from nas.ops.mixed import CellPlan
 pytestmark = pytest.mark.usefixtures("native")
 
 TESTS = Path(__file__).parents[2]
-# Less than a vector of 16 lanes, powers of two or not; exactly one; more than one; two.
-MIXED_CHANNELS = [1, 2, 3, 4, 6, 8, 12, 16, 20, 32]
 FULL = CellPlan(6, 5, 8, 1, reduction=False, previous_reduction=False)
 PARTIAL = CellPlan(5, 6, 12, 2, reduction=True, previous_reduction=True)
 INSTRUCTIONS = """
@@ -37,35 +34,6 @@ for channels in (2, 6, 16, 20):
             call = draw_call(plan, 3, (7, 6), training=training, edges=partial > 1)
             assert_close(run(native.mixed_cell, call), run(mixed.mixed_cell, call))
 """
-
-
-@st.composite
-def calls(draw: st.DrawFn) -> Call:
-    def few(*values: int) -> int:
-        return draw(st.sampled_from(values))
-
-    partial, reduction, training = few(1, 2, 4), draw(st.booleans()), draw(st.booleans())
-    plan = CellPlan(
-        few(2, 3, 8, 33),
-        few(2, 4, 16, 40),
-        partial * few(*MIXED_CHANNELS),
-        partial,
-        reduction,
-        previous_reduction=draw(st.booleans()),
-    )
-    images, height, width = (draw(st.integers(1, 9)) for _ in range(3))
-    nodes = [(size + 1) // 2 if reduction else size for size in (height, width)]
-    assume(not training or images * nodes[0] * nodes[1] > 1)
-    return draw_call(
-        plan,
-        images,
-        (height, width),
-        missing=(few(0, 1), few(0, 1)),
-        training=training,
-        edges=draw(st.booleans()),
-        choice=draw(st.sampled_from(CHOICES)),
-        seed=draw(st.integers(0, 2**16)),
-    )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

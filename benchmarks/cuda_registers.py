@@ -1,0 +1,122 @@
+"""What nvcc makes of the CUDA kernels: registers, stack and spills of each, by architecture.
+
+    python -m benchmarks.cuda_registers [--architectures 80 90] [--kinds float]
+
+Prints the table of docs/kernels.md. Needs nvcc and no GPU; nothing is linked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nas.errors import NativeError
+from nas.ops import recipe, toolchain
+
+# Where the time of a search step is expected to go: these must not spill.
+HOT = ("convolve", "pointwise_gradient", "depthwise_gradient", "dots", "combine")
+STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel for one architecture.
+
+    Attributes:
+        name: with its template's arguments, demangled: ``convolve<float, 4>``.
+        spills: bytes that its threads store for want of registers.
+    """
+
+    name: str
+    architecture: int
+    registers: int
+    stack: int
+    spills: int
+
+    @property
+    def hot(self) -> bool:
+        """Whether a search step spends much of its time here."""
+        return self.name.partition("<")[0] in HOT
+
+
+def compile_kernels(kind: str, architectures: Sequence[int]) -> list[Kernel]:
+    """Every kernel for numbers of ``kind`` ("double", "float", "bfloat16", "half").
+
+    Raises:
+        NativeError: there is no nvcc, or it refuses the sources.
+    """
+    home = toolchain.find_cuda_home()
+    if home is None:
+        raise NativeError("no CUDA toolkit in CUDA_HOME, beside nvcc or in /usr/local")
+    source = recipe.source_folder() / "cuda" / f"cell_{kind}.cu"
+    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in architectures]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [
+                str(home / "bin" / "nvcc"),
+                *recipe.NVCC_FLAGS,
+                *("-O3", "-Xptxas", "-v", *targets, "-c", str(source)),
+                *("-o", str(Path(folder) / "cell.o")),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise NativeError(f"nvcc refuses {source.name}: {done.stderr.strip()[-500:]}")
+    return parse(_demangled(done.stdout + done.stderr))
+
+
+def parse(report: str) -> list[Kernel]:
+    """The kernels of ptxas's report, whose names may have spaces once they are demangled."""
+    kernels: list[Kernel] = []
+    name, architecture, stack, spills = "", 0, 0, 0
+    for line in report.splitlines():
+        if found := re.search(r"Compiling entry function '(.*)' for 'sm_(\d+)", line):
+            name, architecture = _short(found[1]), int(found[2])
+        elif found := STACK.search(line):
+            stack, spills = int(found[1]), int(found[2])
+        elif (found := USED.search(line)) and name:
+            kernels.append(Kernel(name, architecture, int(found[1]), stack, spills))
+            name = ""
+    return kernels
+
+
+def _short(name: str) -> str:
+    """``convolve<float, 4>`` of a whole demangled signature."""
+    name = name.removeprefix("void ").replace("nas::cuda::", "")
+    return name[: name.rindex(">(") + 1] if ">(" in name else name.partition("(")[0]
+
+
+def _demangled(text: str) -> str:
+    try:
+        return subprocess.run(
+            ["c++filt"], input=text, capture_output=True, text=True, check=True
+        ).stdout
+    except OSError as error:
+        raise NativeError("c++filt is missing: it comes with binutils") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--kinds", nargs="+", default=["float"])
+    options = parser.parse_args(arguments)
+    print("| kernel | sm | registers | stack, bytes | spills, bytes |\n|---|---|---|---|---|")
+    for kind in options.kinds:
+        found = compile_kernels(kind, options.architectures)
+        for kernel in sorted(found, key=lambda k: (not k.hot, k.name, k.architecture)):
+            name = f"**`{kernel.name}`**" if kernel.hot else f"`{kernel.name}`"
+            numbers = (kernel.architecture, kernel.registers, kernel.stack, kernel.spills)
+            print("| " + " | ".join([name, *map(str, numbers)]) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+// The whole gradient of a state, from the edges that leave it.
+
+#pragma once
+
+#include "dots.cuh"
+#include "pointwise.cuh"
+#include "pool.cuh"
+
+namespace nas::cuda {
+
+// What the pools of a state send back to one of its pixels.
+template <typename T>
+struct PoolsBack {
+  const Sum<T>* gradient;     // maximum, average; or null: no pools
+  const uint8_t* largest;     // where in its window each maximum was
+
+  template <int V>
+  NAS_DEVICE void add(const Geometry& g, int s, int64_t image, int y, int x, int channel,
+                      Sum<T> (&to)[V]) const {
+    if (!gradient) return;
+    const int stride = g.stride(s), channels = g.channels();
+    const int height = g.state_height(s), width = g.state_width(s);
+    const int last_y = smaller((y + 1) / stride, g.node_height() - 1);
+    const int last_x = smaller((x + 1) / stride, g.node_width() - 1);
+    for (int r = larger(y - 1 + stride - 1, 0) / stride; r <= last_y; ++r) {
+      const int rows = Window::of(r, stride, height).count();
+      for (int c = larger(x - 1 + stride - 1, 0) / stride; c <= last_x; ++c) {
+        const Sum<T> each = Sum<T>(1) / Sum<T>(rows * Window::of(c, stride, width).count());
+        const int64_t at =
+            ((image * g.node_height() + r) * g.node_width() + c) * channels + channel;
+        const auto here = uint8_t((y - (r * stride - 1)) * 3 + x - (c * stride - 1));
+        Sum<T> high[V], average[V];
+        load<V>(gradient + at, high);
+        load<V>(gradient + g.plane() + at, average);
+        NAS_UNROLL for (int v = 0; v < V; ++v) {
+          to[v] += average[v] * each + (largest[at + v] == here ? high[v] : Sum<T>(0));
+        }
+      }
+    }
+  }
+};
+
+template <typename T>
+struct Collect {
+  Geometry g;
+  int s;
+  const T *states, *output, *output_gradient;
+  const Sum<T>* mixed;        // of the state's mixed channels, from convolutions and skips
+  PoolsBack<T> pools;
+  const Sum<T>* bypass;       // weights
+  const Sum<T>* rest;         // of the nodes' other channels [node][pixel][C - c]
+  Sum<T>* to;                 // a node: its mixed channels; an input: all channels [pixel][C]
+  Sum<T>* to_rest;            // a node: the other channels
+};
+
+// Of channel `channel`, one of those that pass by, at node pixel p: what the edges that leave the
+// state send back.
+template <typename T>
+NAS_DEVICE Sum<T> passed_back(const Collect<T>& call, int64_t p, int channel) {
+  const Geometry& g = call.g;
+  const int mixed = g.channels(), passing = int(g.shape.channels) - mixed;
+  Sum<T> total = Sum<T>(0);
+  for (int target = larger(2, call.s + 1); target < kStates; ++target) {
+    total += call.bypass[edge_of(call.s, target)] *
+             call.rest[((target - 2) * g.node_pixels() + p) * passing + channel - mixed];
+  }
+  return total;
+}
+
+// A node's gradient, before its channels were shuffled. Edges that leave it were added up in
+// `mixed`, or there are none: s is kSources.
+template <typename T, int V>
+NAS_KERNEL_OF(T)
+    collect_node(const __grid_constant__ Collect<T> call) {
+  using A = Sum<T>;
+  const Geometry& g = call.g;
+  const int mixed = g.channels(), channels = int(g.shape.channels), across = mixed / V;
+  const int passing = channels - mixed, items = across + passing;
+  const int height = g.node_height(), width = g.node_width();
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < g.node_pixels() * items;
+       i += int64_t(gridDim.x) * kThreads) {
+    const int64_t p = i / items;
+    const int item = int(i % items);
+    const T* from = call.output_gradient + (p * kNodes + call.s - 2) * channels;
+    const auto put = [&](int channel, A value) {
+      const int before = unshuffled(g, channel);
+      if (before < mixed) {
+        call.to[p * mixed + before] = value;
+      } else {
+        call.to_rest[p * passing + before - mixed] = value;
+      }
+    };
+    if (item >= across) {
+      const int channel = mixed + item - across;
+      A total = load(from + channel);
+      if (call.s < kSources) total += passed_back(call, p, channel);
+      put(channel, total);
+      continue;
+    }
+    const int channel = item * V;
+    A sum[V];
+    load<V>(from + channel, sum);
+    if (call.s < kSources) {
+      A more[V];
+      load<V>(call.mixed + p * mixed + channel, more);
+      NAS_UNROLL for (int v = 0; v < V; ++v) sum[v] += more[v];
+      call.pools.template add<V>(g, call.s, p / (int64_t(width) * height), int(p / width % height),
+                                 int(p % width), channel, sum);
+    }
+    if (passing) {
+      NAS_UNROLL for (int v = 0; v < V; ++v) put(channel + v, sum[v]);
+    } else {
+      store<V>(call.to + p * mixed + channel, sum);
+    }
+  }
+}
+
+// That of a preprocessed input.
+template <typename T, int V>
+NAS_KERNEL_OF(T)
+    collect_input(const __grid_constant__ Collect<T> call) {
+  using A = Sum<T>;
+  const Geometry& g = call.g;
+  const int mixed = g.channels(), channels = int(g.shape.channels), across = mixed / V;
+  const int passing = channels - mixed, items = across + passing, stride = g.stride(call.s);
+  const int height = g.state_height(call.s), width = g.state_width(call.s);
+  const Plane<const T> state = g.state(call.states, call.output, call.s);
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < g.input_pixels() * items;
+       i += int64_t(gridDim.x) * kThreads) {
+    const int64_t p = i / items, image = p / (int64_t(width) * height);
+    const int item = int(i % items), y = int(p / width % height), x = int(p % width);
+    A* to = call.to + p * channels;
+    if (item < across) {
+      const int channel = item * V;
+      A sum[V];
+      load<V>(call.mixed + p * mixed + channel, sum);
+      call.pools.template add<V>(g, call.s, image, y, x, channel, sum);
+      store<V>(to + channel, sum);
+      continue;
+    }
+    const int channel = mixed + item - across;
+    int which = 0;
+    if (stride == 2) bypassing(g, state, call.s, image, y / 2, x / 2, channel, &which);
+    const bool mine = which == (y % stride) * 2 + x % stride;
+    const int64_t node = (image * g.node_height() + y / stride) * g.node_width() + x / stride;
+    to[channel] = mine ? passed_back(call, node, channel) : A(0);
+  }
+}
+
+// Skip connections under stride 1: adds a multiple of the node's gradient to the states'.
+template <typename T>
+struct SkipGradients {
+  Geometry g;
+  int count, edge[kSources];
+  int64_t at[kSources];
+  const Sum<T>*node, *operations;
+  Sum<T>* to;
+};
+
+template <typename T, int V>
+NAS_KERNEL_OF(T)
+    skip_gradients(const __grid_constant__ SkipGradients<T> call) {
+  using A = Sum<T>;
+  const A weight = call.operations[call.edge[blockIdx.y] * kOperations + kSkip];
+  A* to = call.to + call.at[blockIdx.y];
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < call.g.plane() / V;
+       i += int64_t(gridDim.x) * kThreads) {
+    A sum[V], values[V];
+    load<V>(to + i * V, sum);
+    load<V>(call.node + i * V, values);
+    NAS_UNROLL for (int v = 0; v < V; ++v) sum[v] += weight * values[v];
+    store<V>(to + i * V, sum);
+  }
+}
+
+// ---- through 1x1 convolutions of rectified inputs ----
+
+// Sums that the gradient of a preprocessing needs: of G and of G times the normalised state.
+template <typename T>
+NAS_KERNEL_OF(T)
+    state_pairs(Geometry g, const T* states, const Sum<T>* gradients, Sum<T>* to) {
+  using A = Sum<T>;
+  const int channels = int(g.shape.channels);
+  const int64_t offset = blockIdx.y * g.input_pixels() * channels;
+  const Share share = Share::of(channels, 1);
+  const Span span = Span::of(g.input_pixels(), int(gridDim.x), int(blockIdx.x));
+  A* sums = reinterpret_cast<A*>(shared_memory());
+  A* products = sums + share.items();
+  to += (blockIdx.y * int64_t(gridDim.x) + blockIdx.x) * 2 * channels;
+  for (int item = int(threadIdx.x); item < share.items(); item += kThreads) {
+    const int worker = item / share.across, c = item % share.across;
+    A sum = A(0), product = A(0);
+    for (int64_t p = span.first + worker; p < span.last; p += share.workers) {
+      const A gradient = gradients[offset + p * channels + c];
+      sum += gradient;
+      product += gradient * load(states + offset + p * channels + c);
+    }
+    sums[item] = sum;
+    products[item] = product;
+  }
+  __syncthreads();
+  for (int c = int(threadIdx.x); c < channels; c += kThreads) {
+    to[c] = column_sum(sums, share.workers, share.across, c);
+    to[channels + c] = column_sum(products, share.workers, share.across, c);
+  }
+}
+
+template <typename T>
+struct PointwiseBack {
+  Pointwise<T> job[kPointwiseJobs];
+  const Sum<T>* gradient[kPointwiseJobs];     // of what was normalised to [pixel][outputs]
+  const T* plane[kPointwiseJobs];             // what the coefficients' d goes with
+  const Sum<T>* coefficients[kPointwiseJobs];
+  T* write[kPointwiseJobs];                   // the input's gradient is written here,
+  Sum<T>* add[kPointwiseJobs];                // or added here [pixel][inputs], or neither
+  Sum<T>* matrices;                           // [job][chunk][...], or null
+  int64_t matrices_at[kPointwiseJobs];
+  int count = 0, rows;
+  int64_t pixels;                             // of every output
+
+  // Shared memory: inputs, their gradients, the outputs' gradients, scratch.
+  NAS_BOTH int64_t take(Arena arena, Sum<T>** in, Sum<T>** back, Sum<T>** out,
+                        Sum<T>** staged) const {
+    int inputs = 0, outputs = 0;
+    for (int i = 0; i < count; ++i) {
+      inputs = larger(inputs, job[i].inputs);
+      outputs = larger(outputs, job[i].outputs);
+    }
+    const int64_t tile = int64_t(rows) * row_pitch(inputs);
+    *in = arena.take<Sum<T>>(tile);
+    *back = arena.take<Sum<T>>(larger(tile, int64_t(matrices ? kOuter : 0)));
+    *out = arena.take<Sum<T>>(int64_t(rows) * row_pitch(outputs + 3));
+    *staged = arena.take<Sum<T>>(kDepth * round_up(inputs, 4));
+    return arena.used();
+  }
+};
+
+template <typename T, int V>
+NAS_KERNEL_OF(T)
+    pointwise_back(const __grid_constant__ PointwiseBack<T> call) {
+  using A = Sum<T>;
+  const int number = int(blockIdx.y);
+  const Pointwise<T>& job = call.job[number];
+  A *in, *back, *out, *staged;
+  call.take(Arena(shared_memory()), &in, &back, &out, &staged);
+  const int in_pitch = row_pitch(job.inputs), out_pitch = job.tile_pitch();
+  const Coefficients<A> coefficients{call.coefficients[number], job.outputs};
+  const Span span = Span::of(divide_up(call.pixels, call.rows), int(gridDim.x), int(blockIdx.x));
+  const bool wanted = call.write[number] || call.add[number];
+  A* partial = call.matrices + call.matrices_at[number] +
+               int64_t(blockIdx.x) * job.inputs * job.outputs;
+  MatrixGradient<A> halves[2] = {
+      {job.inputs, job.last(0), job.outputs, partial},
+      {job.inputs, job.outputs - job.first(1), job.outputs, partial + job.first(1)}};
+  clear_padding(in, call.rows, job.inputs, in_pitch);
+  for (int i = int(threadIdx.x); i < call.rows * out_pitch; i += kThreads) out[i] = A(0);
+  for (int64_t index = span.first; index < span.last; ++index) {
+    const int64_t start = index * call.rows;
+    const int count = int(smaller<int64_t>(call.rows, call.pixels - start));
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < call.rows * job.outputs; i += kThreads) {
+      const int row = i / job.outputs, c = i % job.outputs;
+      const int64_t at = (start + row) * job.outputs + c;
+      out[row * out_pitch + job.column(c)] =
+          row < count
+              ? coefficients(call.gradient[number][at], load(call.plane[number] + at), c)
+              : A(0);
+    }
+    NAS_UNROLL for (int half = 0; half < 2; ++half) {
+      const int first = job.first(half), columns = job.last(half) - first;
+      const A* from = out + job.column(first);
+      if (half >= job.halves || !columns) continue;  // half of one channel is none
+      job.template load_rows<V>(half, start, call.rows, count, in, in_pitch);
+      __syncthreads();
+      if (call.matrices) halves[half].add(in, in_pitch, from, out_pitch, call.rows);
+      if (wanted) {
+        product(from, out_pitch, call.rows, columns, job.inputs,
+                [&](int k, int c) { return job.weights[c * job.outputs + first + k]; }, staged,
+                back, in_pitch);
+        for (int i = int(threadIdx.x); i < count * job.inputs; i += kThreads) {
+          const int row = i / job.inputs, c = i % job.inputs;
+          const int64_t pixel = job.source(half, start + row);
+          if (pixel < 0) continue;
+          const A value = relu_gradient(back[row * in_pitch + c], in[row * in_pitch + c]);
+          if (call.write[number]) {
+            store(call.write[number] + pixel * job.inputs + c, value);
+          } else {
+            call.add[number][pixel * job.inputs + c] += value;
+          }
+        }
+      }
+      __syncthreads();
+    }
+  }
+  if (!call.matrices) return;
+  NAS_UNROLL for (int half = 0; half < 2; ++half) {
+    if (half >= job.halves || job.first(half) == job.last(half)) continue;
+    __syncthreads();
+    halves[half].finish(back);
+  }
+}
+
+}  // namespace nas::cuda

@@ -1,0 +1,334 @@
+// Backward through normalisations and separable convolutions.
+//
+// The gradient of what a convolution gave, y, is  a g + d y + b  with one a, d and b a channel:
+//
+//   a = w r,   d = -w r^3 <g, y - m> / M,   b = -w r <g, 1> / M - d m
+//
+// where g is the gradient of what it was normalised to, w the mixing weight, r the reciprocal
+// deviation, m the mean and M the numbers of a channel (in evaluation d = b = 0). Two launches
+// follow: through the pointwise part, which also computes the depthwise part again for the gradient
+// of the matrix; then through the depthwise part.
+
+#pragma once
+
+#include "convolve.cuh"
+#include "matrix.cuh"
+
+namespace nas::cuda {
+
+// a, d and b of one normalisation: [3][channels].
+template <typename A>
+struct Coefficients {
+  const A* at;
+  int channels;
+
+  NAS_DEVICE A operator()(A gradient, A y, int channel) const {
+    return at[channel] * gradient + (at[channels + channel] * y + at[2 * channels + channel]);
+  }
+};
+
+// Which planes the convolutions of a launch read and write, by job.
+template <typename T>
+struct ConvolutionGradient {
+  Inputs<T> in;
+  Jobs jobs;
+  Tiling tiling;
+  int64_t input;               // numbers of the largest input of a tile
+  const Sum<T>* coefficients;  // [edge][convolution][3][channels]
+  const Sum<T>* node;          // the node's gradient
+  const Sum<T>* between;       // gradients between two convolutions, [edge's source][3 or 5]
+  Sum<T>* depthwise;           // of each job: the gradient of its depthwise output
+  Sum<T>* matrices;            // [job][chunk][channels][channels], or null: nobody asks
+
+  NAS_DEVICE Coefficients<Sum<T>> coefficients_of(int edge, int convolution) const {
+    const int channels = in.g.channels();
+    return {coefficients + (int64_t(edge) * kConvolutions + convolution) * 3 * channels, channels};
+  }
+  // The gradient of what a convolution was normalised to.
+  NAS_DEVICE const Sum<T>* gradient_of(int edge, int convolution) const {
+    if (convolution != kSep3A && convolution != kSep5A) return node;
+    return between + (2 * source_of(edge) + convolution / 2) * in.g.plane();
+  }
+};
+
+template <typename A>
+struct GradientMemory {
+  A *scratch, *depthwise, *gradient, *staged;
+
+  NAS_BOTH static GradientMemory take(Arena& arena, const Tiling& t, int64_t input, int channels,
+                                      bool matrices) {
+    const int64_t tile = int64_t(t.pixels()) * row_pitch(channels);
+    GradientMemory memory;
+    memory.scratch = arena.take<A>(matrices ? larger(larger(input, tile), int64_t(kOuter)) : tile);
+    memory.depthwise = arena.take<A>(matrices ? tile : 0);
+    memory.gradient = arena.take<A>(tile);
+    memory.staged = arena.take<A>(kDepth * round_up(channels, 4));
+    return memory;
+  }
+};
+
+// Through the pointwise part.
+template <typename T, int V>
+NAS_KERNEL_ALONE
+    pointwise_gradient(const __grid_constant__ ConvolutionGradient<T> call) {
+  using A = Sum<T>;
+  const Tiling& t = call.tiling;
+  const int channels = call.in.g.channels(), pitch = row_pitch(channels);
+  const int edge = call.jobs.edge[blockIdx.y], convolution = call.jobs.convolution[blockIdx.y];
+  Arena arena(shared_memory());
+  const auto memory = GradientMemory<A>::take(arena, t, call.input, channels, call.matrices);
+  const A* matrix = call.in.weights + matrix_at(call.in.g, edge, convolution);
+  const Plane<const T> outputs = call.in.plane(edge, convolution);
+  const A* gradients = call.gradient_of(edge, convolution);
+  const Coefficients<A> coefficients = call.coefficients_of(edge, convolution);
+  A* to = call.depthwise + blockIdx.y * call.in.g.plane();
+  const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
+  MatrixGradient<A> sums(channels, channels, channels,
+                         call.matrices + block * channels * channels);
+  const int across = channels / V;
+  const Span span = Span::of(t.tiles(), int(gridDim.x), int(blockIdx.x));
+
+  clear_padding(memory.gradient, t.pixels(), channels, pitch);
+  if (call.matrices) clear_padding(memory.depthwise, t.pixels(), channels, pitch);
+  for (int64_t index = span.first; index < span.last; ++index) {
+    const Tile tile = Tile::of(t, index);
+    for (int i = int(threadIdx.x); i < t.pixels() * across; i += kThreads) {
+      const int p = i / across, channel = i % across * V;
+      const Pixel pixel = Pixel::of(t, tile, p);
+      A gradient[V] = {}, output[V];
+      if (pixel.inside) {
+        load<V>(gradients + pixel.at * channels + channel, gradient);
+        load<V>(outputs.pixel(pixel.at) + channel, output);
+        NAS_UNROLL for (int v = 0; v < V; ++v) {
+          gradient[v] = coefficients(gradient[v], output[v], channel + v);
+        }
+      }
+      NAS_UNROLL for (int v = 0; v < V; ++v) memory.gradient[p * pitch + channel + v] = gradient[v];
+    }
+    if (call.matrices) {
+      depthwise_outputs<V>(call.in, edge, convolution, t, tile, memory.scratch, memory.depthwise,
+                           pitch);
+      sums.add(memory.depthwise, pitch, memory.gradient, pitch, t.pixels());
+    }
+    product(memory.gradient, pitch, t.pixels(), channels, channels,
+            [&](int k, int c) { return matrix[c * channels + k]; }, memory.staged, memory.scratch,
+            pitch);
+    for (int i = int(threadIdx.x); i < t.pixels() * across; i += kThreads) {
+      const int p = i / across, channel = i % across * V;
+      const Pixel pixel = Pixel::of(t, tile, p);
+      if (!pixel.inside) continue;
+      A values[V];
+      NAS_UNROLL for (int v = 0; v < V; ++v) values[v] = memory.scratch[p * pitch + channel + v];
+      store<V>(to + pixel.at * channels + channel, values);
+    }
+    __syncthreads();
+  }
+  if (call.matrices) sums.finish(memory.scratch);
+}
+
+// Through the depthwise parts of an edge's convolutions, tile by tile of their input.
+template <typename T>
+struct DepthwiseGradient {
+  Inputs<T> in;
+  int count = 0;                      // of blockIdx.y
+  uint8_t first[2 * kSources], last[2 * kSources];  // the jobs that a block takes one after another
+  Jobs jobs;
+  Tiling tiling;                      // of the input
+  const Sum<T>* depthwise;            // [job]: what pointwise_gradient gave
+  Sum<T>* to;                         // [source]: added to; or [source][3 or 5]: written
+  bool second;                        // the jobs are second convolutions
+  int64_t at[kSources];               // of a source's plane in `to`
+  Sum<T>* taps;                       // [job][chunk][taps][channels], or null: nobody asks
+  int64_t taps_at[kEdges * kConvolutions];  // of each job
+  Sum<T>* pairs;                      // of second ones [job][chunk][2][channels]
+};
+
+// The border of a tile of gradients that a tile of inputs needs, in outputs.
+NAS_BOTH int gradient_halo(const Steps& s) { return (s.padding() + s.stride - 1) / s.stride; }
+NAS_BOTH Region gradient_region(int rows, int columns, int slab, int stride, int halo) {
+  Region region = Region::of(1, 1, slab, 1, 1, 0);
+  region.rows = round_up(rows, kSide) / stride + 2 * halo;
+  region.columns = round_up(columns, kSide) / stride + 2 * halo;
+  region.pitch = region.columns | 1;
+  return region;
+}
+
+template <typename A>
+struct DepthwiseGradientMemory {
+  A* region;  // later what each thread adds to the gradients of its taps
+
+  NAS_BOTH static DepthwiseGradientMemory take(Arena& arena, const Tiling& t, int stride,
+                                               int halo) {
+    const Region region = gradient_region(t.rows, t.columns, t.slab, stride, halo);
+    return {arena.take<A>(larger<int64_t>(region.numbers(t.images), kThreads * 25))};
+  }
+};
+
+// 4 x 4 inputs of a depthwise convolution: their gradient, and what they add to those of the taps.
+// `from` is the output that the first of them meets, less the border.
+template <int kSize, int kDilation, int kStride, bool kTaps, typename A>
+NAS_DEVICE void depthwise_gradient_block(const A* from, int row, int column,
+                                         const A (&taps)[kSize * kSize],
+                                         const A (&x)[kSide][kSide], A (&sum)[kSide][kSide],
+                                         A (&gradient)[kSize * kSize]) {
+  constexpr int kPadding = kSize / 2 * kDilation, kHalo = (kPadding + kStride - 1) / kStride;
+  constexpr int kSpan = kSide / kStride + 2 * kHalo;
+  NAS_UNROLL for (int r = 0; r < kSpan; ++r) {
+    NAS_KEEP_ORDER;
+    A in[kSpan];
+    const A* at = from;
+    NAS_UNROLL for (int c = 0; c < kSpan; ++c) {
+      in[c] = *at;
+      at += column;
+    }
+    from += row;
+    NAS_UNROLL for (int i = 0; i < kSide; ++i) {
+      // output r is the one that tap k of input i belongs to: i + padding - k dilation = stride out
+      const int distance = i + kPadding - (r - kHalo) * kStride;
+      if (distance < 0 || distance % kDilation || distance / kDilation >= kSize) continue;
+      const int tap = distance / kDilation * kSize;
+      NAS_UNROLL for (int j = 0; j < kSide; ++j) {
+        NAS_UNROLL for (int k = 0; k < kSize; ++k) {
+          const int place = j + kPadding - k * kDilation + kHalo * kStride;
+          if (place % kStride) continue;
+          const A value = in[place / kStride];
+          sum[i][j] += value * taps[tap + k];
+          if (kTaps) gradient[tap + k] += value * x[i][j];
+        }
+      }
+    }
+  }
+}
+
+// All tiles of a block for one job and one slab of channels.
+template <int kSize, int kDilation, int kStride, bool kTaps, int V, typename T>
+NAS_DEVICE void depthwise_gradient_slab(const DepthwiseGradient<T>& call, int job, int first,
+                                        Sum<T>* memory) {
+  using A = Sum<T>;
+  constexpr int kHalo = (kSize / 2 * kDilation + kStride - 1) / kStride;
+  const Geometry& g = call.in.g;
+  const Tiling& t = call.tiling;
+  const int channels = g.channels(), slab = smaller(t.slab, channels - first);
+  const int edge = call.jobs.edge[job], convolution = call.jobs.convolution[job];
+  const int s = source_of(edge);
+  const Region region = gradient_region(t.rows, t.columns, t.slab, kStride, kHalo);
+  const int worker = int(threadIdx.x) / slab, workers = kThreads / slab;
+  const int lane = int(threadIdx.x) % slab, channel = first + lane;
+  const bool mine = worker < workers;
+  const A* from = call.depthwise + job * g.plane();
+  const A* weights = call.in.weights + Taps::of(convolution).at(g, edge) + channel;
+  A* to = call.to + (call.second ? (2 * s + convolution / 2) * g.plane() : call.at[s]) + channel;
+  const Plane<const T> first_output = call.in.plane(edge, larger(convolution - 1, 0));
+  const A centre = call.second
+                       ? call.in.mean[g.shape.convolution_statistics(edge, convolution - 1) + channel]
+                       : A(0);
+  A taps[kSize * kSize], gradient[kSize * kSize] = {}, total = A(0), products = A(0);
+  if (mine) {
+    NAS_UNROLL for (int k = 0; k < kSize * kSize; ++k) taps[k] = weights[k * channels];
+  }
+  const Span span = Span::of(t.tiles(), int(gridDim.x), int(blockIdx.x));
+  const int down = (t.rows + kSide - 1) / kSide, across = (t.columns + kSide - 1) / kSide;
+  for (int64_t index = span.first; index < span.last; ++index) {
+    const Tile tile = Tile::of(t, index);
+    __syncthreads();
+    load_region<V>(region, t, tile.image, tile.images, tile.y / kStride - kHalo,
+                   tile.x / kStride - kHalo, g.node_height(), g.node_width(), first, slab, memory,
+                   [&](int64_t pixel, int c, A(&values)[V]) {
+                     load<V>(from + pixel * channels + c, values);
+                   });
+    __syncthreads();
+    if (!mine) continue;
+    for (int block = worker; block < tile.images * down * across; block += workers) {
+      const int bx = block % across * kSide, by = block / across % down * kSide;
+      const int image = block / across / down;
+      if (by >= tile.rows || bx >= tile.columns) continue;
+      const int64_t start =
+          (int64_t(tile.image + image) * t.height + tile.y + by) * t.width + tile.x + bx;
+      A x[kSide][kSide], sum[kSide][kSide] = {};
+      call.in.with_input(edge, convolution, [&](const auto& read) {
+        NAS_UNROLL for (int i = 0; i < kSide; ++i) {
+          NAS_UNROLL for (int j = 0; j < kSide; ++j) {
+            A value[1] = {};
+            if (by + i < tile.rows && bx + j < tile.columns) {
+              read(start + i * t.width + j, channel, value);
+            }
+            x[i][j] = value[0];
+          }
+        }
+      });
+      const int origin =
+          (image * region.rows + by / kStride) * region.pitch + bx / kStride;
+      depthwise_gradient_block<kSize, kDilation, kStride, kTaps>(
+          memory + origin * region.cell + lane, region.pitch * region.cell, region.cell, taps, x,
+          sum, gradient);
+      NAS_UNROLL for (int i = 0; i < kSide; ++i) {
+        NAS_UNROLL for (int j = 0; j < kSide; ++j) {
+          if (by + i >= tile.rows || bx + j >= tile.columns) continue;
+          const int64_t pixel = start + i * t.width + j;
+          const A value = relu_gradient(sum[i][j], x[i][j]);
+          if (call.second) {
+            to[pixel * channels] = value;
+            total += value;
+            products += value * (load(first_output.pixel(pixel) + channel) - centre);
+          } else {
+            to[pixel * channels] += value;
+          }
+        }
+      }
+    }
+  }
+
+  const int64_t block = blockIdx.x;
+  const auto add_up = [&](int numbers, const auto& value_of, A* out) {
+    __syncthreads();
+    if (mine) {
+      NAS_UNROLL for (int k = 0; k < kSize * kSize; ++k) {
+        if (k < numbers) memory[(k * workers + worker) * slab + lane] = value_of(k);
+      }
+    }
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < numbers * slab; i += kThreads) {
+      const int k = i / slab, c = i % slab;
+      out[k * channels + first + c] = column_sum(memory + k * workers * slab, workers, slab, c);
+    }
+  };
+  if (kTaps) {
+    add_up(kSize * kSize, [&](int k) { return gradient[k]; },
+           call.taps + call.taps_at[job] + block * kSize * kSize * channels);
+  }
+  if (call.second) {
+    add_up(2, [&](int k) { return k ? products : total; },
+           call.pairs + (job * int64_t(gridDim.x) + block) * 2 * channels);
+  }
+}
+
+template <bool kTaps, int V, typename T>
+NAS_DEVICE void depthwise_gradient_job(const DepthwiseGradient<T>& call, int job, int first,
+                                       Sum<T>* memory) {
+  const Steps steps = call.in.steps(call.jobs.edge[job], call.jobs.convolution[job]);
+  const int kind = (steps.size == 5) * 4 + (steps.dilation == 2) * 2 + (steps.stride == 2);
+  switch (kind) {
+    case 0: return depthwise_gradient_slab<3, 1, 1, kTaps, V>(call, job, first, memory);
+    case 1: return depthwise_gradient_slab<3, 1, 2, kTaps, V>(call, job, first, memory);
+    case 2: return depthwise_gradient_slab<3, 2, 1, kTaps, V>(call, job, first, memory);
+    case 3: return depthwise_gradient_slab<3, 2, 2, kTaps, V>(call, job, first, memory);
+    case 4: return depthwise_gradient_slab<5, 1, 1, kTaps, V>(call, job, first, memory);
+    case 5: return depthwise_gradient_slab<5, 1, 2, kTaps, V>(call, job, first, memory);
+    case 6: return depthwise_gradient_slab<5, 2, 1, kTaps, V>(call, job, first, memory);
+    default: return depthwise_gradient_slab<5, 2, 2, kTaps, V>(call, job, first, memory);
+  }
+}
+
+template <typename T, int V, bool kTaps>
+NAS_KERNEL_ALONE
+    depthwise_gradient(const __grid_constant__ DepthwiseGradient<T> call) {
+  auto* memory = reinterpret_cast<Sum<T>*>(shared_memory());
+  const int channels = call.in.g.channels();
+  for (int job = call.first[blockIdx.y]; job < call.last[blockIdx.y]; ++job) {
+    for (int first = 0; first < channels; first += call.tiling.slab) {
+      depthwise_gradient_job<kTaps, V>(call, job, first, memory);
+    }
+  }
+}
+
+}  // namespace nas::cuda

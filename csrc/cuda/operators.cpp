@@ -1,0 +1,26 @@
+// The operators of csrc/operators.cpp on a GPU.
+
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "torch_device.h"
+
+namespace nas::cuda {
+namespace {
+
+struct Gpu : TorchDevice<Gpu> {
+  template <typename F>
+  static void with_stream(const at::Tensor& weights, F&& f) {
+    const c10::cuda::CUDAGuard guard(weights.device());
+    f(c10::cuda::getCurrentCUDAStream(weights.device().index()).stream());
+  }
+};
+
+TORCH_LIBRARY_IMPL(nas_transfer, CUDA, m) {
+  m.impl("mixed_cell", mixed_cell<Gpu>);
+  m.impl("mixed_cell_backward", mixed_cell_backward<Gpu>);
+}
+
+}  // namespace
+}  // namespace nas::cuda

@@ -1,0 +1,140 @@
+"""The CUDA kernels of csrc/cuda, run on the host by tests/cuda_emulation, as a twin of the cell.
+
+They are compiled into build/, again where a source has changed. ``python tests/emulated_cells.py``
+runs them under the address and the thread sanitizer (make sanitize).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nas.ops import native, recipe
+from nas.ops.mixed import CellPlan, Statistics
+from nas.ops.toolchain import Cuda, find_compiler, find_ninja
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "csrc" / "cuda"
+EMULATION = Path(__file__).parent / "cuda_emulation"
+KINDS = ("double", "float", "bfloat16", "half")
+LIBRARY = "emulated.so"
+FLAGS = (
+    *("-std=c++20", "-fPIC", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    *("-ffp-contract=off", "-DNAS_EMULATION", f"-I{SOURCES}", f"-I{EMULATION}"),
+)
+
+
+def build(folder: Path, extra: tuple[str, ...] = (), program: Path | None = None) -> Path:
+    """The library for torch in ``folder``, or with ``program`` an executable without torch, which
+    has the kernels of single precision alone.
+
+    Only what has changed since the last build is compiled, by one process at a time.
+
+    Raises:
+        NativeError: no compiler or no ninja.
+        subprocess.CalledProcessError: the sources do not compile.
+    """
+    compiler, ninja = find_compiler(), find_ninja()
+    none = Cuda(None, "emulated")
+    kinds = KINDS if program is None else ("float",)
+    sources = {SOURCES / f"cell_{kind}.cu": (*FLAGS, *extra) for kind in kinds}
+    if program is None:
+        out, link = LIBRARY, ("-shared", *recipe._link_flags(none), *extra)
+        host = recipe._host_flags(compiler, none)
+        sources[EMULATION / "operators.cpp"] = (*FLAGS, *extra, *host)
+    else:
+        out, link = program.stem, extra
+        sources[program] = (*FLAGS, *extra)
+    edges: list[str] = []
+    for source, flags in sources.items():
+        edges += recipe._edge(f"{source.name}.o", "cxx", [str(source)], flags)
+    edges += recipe._edge(out, "link", [f"{source.name}.o" for source in sources], link)
+    rules = [
+        f"rule cxx\n  command = {compiler.command[0]} $flags -MMD -MF $out.d -x c++ -c $in -o $out",
+        "  deps = gcc\n  depfile = $out.d",
+        f"rule link\n  command = {compiler.command[0]} $in $flags -o $out",
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join([*rules, *edges, f"default {out}\n"]))
+        subprocess.run([ninja, "-C", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    return folder / out
+
+
+def run_sanitized(sanitizer: str) -> str:
+    """What ``sanitized.cpp`` says under ``-fsanitize=sanitizer``, which ends it at a mistake."""
+    extra = (f"-fsanitize={sanitizer}", "-g", "-fno-omit-frame-pointer")
+    folder = ROOT / "build" / f"emulation-{sanitizer.partition(',')[0]}"
+    program = build(folder, extra, EMULATION / "sanitized.cpp")
+    options = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run(
+        [str(program)], env={**os.environ, **options}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{program.name} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def load() -> None:
+    """Compile what has changed and register ``torch.ops.nas_transfer_emulated``."""
+    if not hasattr(torch.ops.nas_transfer_emulated, "mixed_cell"):
+        torch.ops.load_library(str(build(ROOT / "build" / "emulation")))
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fills fresh memory with NaN, so that what a kernel leaves out shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class _Cell(torch.autograd.Function):
+    """The operator, with the gradients that nas/ops/native.py registers for the native one."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        with poisoned():
+            outputs: tuple[Tensor, ...] = torch.ops.nas_transfer_emulated.mixed_cell(*inputs)
+        native._setup_context(ctx, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        operator = torch.ops.nas_transfer_emulated.mixed_cell_backward
+        with poisoned():
+            return native._backward(ctx, *gradients, operator=operator)
+
+
+def mixed_cell(
+    plan: CellPlan,
+    before_previous: Tensor,
+    previous: Tensor,
+    weights: Tensor,
+    statistics: Statistics,
+    operations: Tensor,
+    edges: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Twin of :func:`nas.ops.mixed.mixed_cell`."""
+    return native.call_operator(
+        _Cell.apply,
+        *(plan, before_previous, previous, weights, statistics, operations, edges, active),
+    )
+
+
+if __name__ == "__main__":
+    for name in ("address,undefined", "thread"):
+        print(f"{name}: {run_sanitized(name).strip()}", flush=True)

@@ -1,0 +1,105 @@
+"""The CUDA kernels on a GPU, against the eager cell on the CPU (make gpu-check)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from native_cells import INPUTS, Call, assert_close, calls, draw_call, error, run, same_bits
+from torch import Tensor
+
+from nas.errors import ConfigurationError
+from nas.ops import mixed, native
+from nas.ops.backend import choose
+from nas.ops.mixed import CellPlan
+
+pytestmark = pytest.mark.gpu
+
+PLANS = {
+    "darts": CellPlan(48, 64, 16, 1, reduction=False, previous_reduction=False),
+    "reduction": CellPlan(64, 64, 32, 1, reduction=True, previous_reduction=True),
+    "pcdarts": CellPlan(48, 64, 16, 4, reduction=False, previous_reduction=False),
+    "odd": CellPlan(5, 6, 12, 2, reduction=True, previous_reduction=True),
+}
+plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    try:
+        choose("native", torch.device("cuda"))
+    except ConfigurationError as refused:
+        pytest.skip(str(refused))
+
+
+def on_gpu(call: Call) -> Call:
+    tensors = {
+        name: value.cuda()
+        for name, value in vars(call).items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    return replace(call, **tensors)
+
+
+def run_on_gpu(call: Call) -> dict[str, Tensor]:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
+    try:
+        return {name: x.cpu() for name, x in run(native.mixed_cell, on_gpu(call)).items()}
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(call=calls())
+def test_device_equals_eager_for_any_shape(call: Call) -> None:
+    assert_close(run_on_gpu(call), run(mixed.mixed_cell, call))
+
+
+@plans
+@pytest.mark.parametrize("training", [True, False])
+def test_device_equals_eager(plan: CellPlan, training: bool) -> None:
+    call = draw_call(plan, 8, (32, 32), training=training, edges=plan.partial > 1)
+    assert_close(run_on_gpu(call), run(mixed.mixed_cell, call))
+
+
+@plans
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 2e-4), (torch.bfloat16, 0.1), (torch.float16, 0.03)],
+    ids=["float", "bf16", "half"],
+)
+def test_device_narrow_numbers(plan: CellPlan, dtype: torch.dtype, tolerance: float) -> None:
+    call = draw_call(plan, 8, (16, 16), edges=plan.partial > 1).to(torch.float32)
+    images = {name: getattr(call, name).to(dtype) for name in ("before", "previous", "gradient")}
+    call = replace(call, **images)
+    ours, exact = run_on_gpu(call), run(mixed.mixed_cell, call.to(torch.float64))
+    assert error(ours["output"].double(), exact["output"]) <= tolerance
+    for name in INPUTS:
+        if name in exact:
+            distance = (ours[name].double() - exact[name]).norm() / exact[name].norm()
+            assert distance <= 10 * tolerance, name
+
+
+@plans
+def test_device_bits_repeat(plan: CellPlan) -> None:
+    call = draw_call(plan, 8, (16, 16), edges=True).to(torch.float32)
+    assert same_bits(run_on_gpu(call), run_on_gpu(call))
+
+
+def test_device_graph_replays_the_same_bits() -> None:
+    call = on_gpu(draw_call(PLANS["darts"], 8, (16, 16)).to(torch.float32))
+    expected = run(native.mixed_cell, call)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(native.mixed_cell, call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(native.mixed_cell, call)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert same_bits(captured, expected)

@@ -1,0 +1,225 @@
+"""The CUDA kernels of csrc/cuda, run on the host (tests/cuda_emulation), against the eager cell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import emulated_cells
+import pytest
+import torch
+from hypothesis import given, settings
+from native_cells import CHOICES, INPUTS, Call, assert_close, calls, draw_call, run, same_bits
+from torch import Tensor
+
+from nas.errors import NativeError
+from nas.ops import mixed
+from nas.ops.mixed import CellPlan, Statistics
+
+NAN, INFINITY = float("nan"), float("inf")
+FULL = CellPlan(6, 5, 8, 1, reduction=False, previous_reduction=False)
+PARTIAL = CellPlan(5, 6, 12, 2, reduction=True, previous_reduction=True)
+WIDE = CellPlan(8, 16, 16, 1, reduction=True, previous_reduction=True)  # 16 bytes at a time
+WIDE_PARTIAL = CellPlan(16, 8, 32, 4, reduction=False, previous_reduction=True)
+PLANS = {"full": FULL, "partial": PARTIAL, "wide": WIDE, "wide-partial": WIDE_PARTIAL}
+plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+modes = pytest.mark.parametrize("training", [True, False])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _emulated() -> None:
+    try:
+        emulated_cells.load()
+    except NativeError as error:
+        pytest.skip(f"cannot compile the emulation: {error}")
+
+
+def compare(call: Call) -> dict[str, Tensor]:
+    """Outputs, statistics and gradients of both twins; those of the kernels."""
+    ours = run(emulated_cells.mixed_cell, call)
+    assert_close(ours, run(mixed.mixed_cell, call))
+    return ours
+
+
+# ---- any shape ----
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(call=calls())
+def test_cuda_equals_eager_for_any_shape(call: Call) -> None:
+    compare(call)
+
+
+@plans
+@pytest.mark.parametrize("choice", CHOICES)
+@modes
+def test_cuda_equals_eager(plan: CellPlan, choice: str, training: bool) -> None:
+    call = draw_call(plan, 3, training=training, edges=plan.partial > 1, choice=choice)
+    ours = compare(call)
+    if call.active is not None:
+        assert not ours["operations"][~call.active].any()
+
+
+@pytest.mark.parametrize(
+    ("plan", "images", "size"),
+    [
+        (WIDE, 1, (37, 41)),  # several tiles in each direction, the last one short
+        (replace(WIDE, reduction=False), 2, (19, 33)),
+        (WIDE_PARTIAL, 2, (35, 18)),
+        (FULL, 23, (4, 3)),  # several images a tile, the last one short
+        (CellPlan(4, 4, 64, 1, True, False), 2, (9, 9)),
+        (CellPlan(4, 4, 132, 1, False, False), 1, (6, 7)),  # a slab of channels at a time
+        (CellPlan(260, 4, 8, 1, False, True), 2, (3, 5)),  # a matrix in several pieces
+    ],
+    ids=["tiles", "wide-tiles", "partial-tiles", "images", "channels", "slabs", "matrix"],
+)
+@modes
+def test_cuda_tiles(plan: CellPlan, images: int, size: tuple[int, int], training: bool) -> None:
+    compare(draw_call(plan, images, size, training=training, edges=plan.partial > 1))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1)])
+@plans
+def test_cuda_smallest_images(plan: CellPlan, size: tuple[int, int]) -> None:
+    for images, training in ((1, False), (5, True)):
+        compare(draw_call(plan, images, size, missing=(1, 1), training=training, edges=True))
+
+
+def test_cuda_without_a_backward_pass_keeps_nothing() -> None:
+    call = draw_call(FULL, 3)
+    quiet = run(emulated_cells.mixed_cell, call, needed=())
+    whole = run(emulated_cells.mixed_cell, call)
+    assert same_bits(quiet, {name: whole[name] for name in quiet})
+
+
+@pytest.mark.parametrize(
+    "needed", [("operations", "edges"), ("weights",), ("before",), ("previous",)], ids="+".join
+)
+@modes
+def test_cuda_gradients_that_nobody_asks_for_are_not_computed(
+    needed: tuple[str, ...], training: bool
+) -> None:
+    """And the others have the same bits as if all were."""
+    call = draw_call(PARTIAL, 3, training=training, edges=True)
+    whole, part = (run(emulated_cells.mixed_cell, call, needed=names) for names in (INPUTS, needed))
+    assert set(part) & set(INPUTS) == set(needed)
+    assert all(torch.equal(part[name], whole[name]) for name in part)
+
+
+# ---- numbers ----
+
+
+def test_cuda_means_far_from_zero_do_not_cancel() -> None:
+    call = draw_call(FULL)
+    call.previous.add_(1e4)
+    ours, theirs = (run(twin, call) for twin in (emulated_cells.mixed_cell, mixed.mixed_cell))
+    torch.testing.assert_close(
+        ours["running variance"], theirs["running variance"], rtol=1e-10, atol=0
+    )
+
+
+@plans
+@modes
+def test_cuda_ties_of_max_pooling_go_where_eager_sends_them(plan: CellPlan, training: bool) -> None:
+    call = draw_call(plan, 6, (9, 8), training=training, edges=True, choice="nothing")
+    active = call.active.clone()  # type: ignore[union-attr]
+    active[[0, 1, 4], 1] = True  # both inputs to node 2, and node 2 to node 3
+    compare(
+        replace(
+            call,
+            active=active,
+            operations=active.double(),
+            before=call.before.sign(),
+            previous=call.previous.sign(),
+            mean=torch.zeros_like(call.mean),
+            weights=call.weights.sign(),
+        )
+    )
+
+
+@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
+@pytest.mark.parametrize("where", ["before", "previous"])
+@modes
+def test_cuda_what_is_not_finite_spreads_as_in_eager(
+    value: float, where: str, training: bool
+) -> None:
+    for choice in ("all", "some", "one-each"):
+        call = draw_call(FULL, 3, (9, 8), training=training, choice=choice)
+        getattr(call, where)[1, 1, 4, 2] = value
+        ours, theirs = (run(twin, call) for twin in (emulated_cells.mixed_cell, mixed.mixed_cell))
+        torch.testing.assert_close(
+            ours["output"], theirs["output"], rtol=1e-9, atol=1e-9, equal_nan=True
+        )
+        for name, expected in theirs.items():
+            assert not (ours[name].isfinite() & ~expected.isfinite()).any(), name
+
+
+@plans
+@modes
+def test_cuda_single_precision_is_as_good_as_that_of_eager(plan: CellPlan, training: bool) -> None:
+    call = draw_call(plan, 4, (9, 8), training=training, edges=plan.partial > 1)
+    call = call.to(torch.float32).to(torch.float64)  # the same numbers in both precisions
+    exact, single = run(mixed.mixed_cell, call), call.to(torch.float32)
+    ours, theirs = (run(twin, single) for twin in (emulated_cells.mixed_cell, mixed.mixed_cell))
+    for name, value in ours.items():
+        assert value.dtype == torch.float32
+        norm = exact[name].norm()
+        error, limit = ((x.double() - exact[name]).norm() / norm for x in (value, theirs[name]))
+        assert error <= 3 * limit + 1e-7, name
+
+
+def narrowed(call: Call, dtype: torch.dtype) -> Call:
+    """Images in ``dtype``, everything else in single precision."""
+    single = call.to(torch.float32)
+    images = {name: getattr(call, name).to(dtype) for name in ("before", "previous", "gradient")}
+    return replace(single, **images)
+
+
+# Roundings of 2^-9 and 2^-12 each, some ten in a row; near ties ReLU and pools choose differently,
+# which moves whole gradients.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 0.06), (torch.float16, 0.015)], ids=["bf16", "half"]
+)
+@plans
+@modes
+def test_cuda_half_precision_stays_within_its_rounding(
+    plan: CellPlan, dtype: torch.dtype, tolerance: float, training: bool
+) -> None:
+    call = draw_call(plan, 4, (9, 8), training=training, edges=plan.partial > 1)
+    narrow = narrowed(call, dtype)
+    ours = run(emulated_cells.mixed_cell, narrow)
+    wide = narrow.to(torch.float64)
+    exact = run(mixed.mixed_cell, wide)
+    for name, expected in exact.items():
+        images = name in ("output", "before", "previous")
+        assert ours[name].dtype == (dtype if images else torch.float32), name
+        error = (ours[name].double() - expected).norm() / expected.norm()
+        assert error <= (tolerance if name == "output" else 10 * tolerance), (name, error)
+
+
+def test_cuda_bits_repeat() -> None:
+    for plan in PLANS.values():
+        call = draw_call(plan, 5, (9, 8), edges=True).to(torch.float32)
+        first = run(emulated_cells.mixed_cell, call)
+        assert same_bits(run(emulated_cells.mixed_cell, call), first)
+
+
+# ---- arguments ----
+
+
+def test_cuda_types_that_do_not_go_together_are_refused() -> None:
+    call = draw_call(FULL)
+    for weights, images, message in (
+        (torch.float64, torch.bfloat16, "previous must be Double as `weights` is, not BFloat16"),
+        (torch.float32, torch.float64, "previous must be Float as `weights` is, not Double"),
+        (torch.bfloat16, torch.bfloat16, "weights must be float32 or float64, not BFloat16"),
+    ):
+        parameters = call.to(weights)
+        with pytest.raises(RuntimeError, match=message):
+            emulated_cells.mixed_cell(
+                call.plan,
+                call.before.to(images),
+                call.previous.to(images),
+                parameters.weights,
+                Statistics(parameters.mean, parameters.variance, training=True),
+                parameters.operations,
+            )

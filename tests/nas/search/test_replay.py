@@ -1,0 +1,94 @@
+"""Replaying steps: what is captured when, and a search that replays equals one that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from nas.data import ImageTask
+from nas.errors import ConfigurationError
+from nas.search import METHODS
+from nas.search.bilevel import BilevelSearch
+from nas.search.method import SearchConfig
+from nas.search.replay import WARMUPS, Replayed
+from nas.spaces.darts.supernet import SupernetConfig
+
+Outputs = tuple[Tensor, ...]
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """Captures as a GPU does: a capture runs nothing, a replay writes into the same outputs."""
+
+    def __init__(self) -> None:
+        self.captures = 0
+        self.replays = 0
+
+    def __call__(self, step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+        self.captures += 1
+        outputs: list[Tensor] = [torch.empty(0), torch.empty(0)]
+
+        def replay() -> None:
+            self.replays += 1
+            for old, new in zip(outputs, step(), strict=False):
+                old.data = new.data
+
+        return tuple(outputs), replay
+
+
+def test_a_kind_is_captured_once_and_another_anew() -> None:
+    seen: list[float] = []
+
+    def double(x: Tensor) -> Outputs:
+        seen.append(float(x.sum()))
+        return (2 * x,)
+
+    recorder = Recorder()
+    replayed = Replayed(double, recorder)
+    calls = 0
+    for kind, size in (("a", 3), ("a", 4), ("b", 4), ("a", 3)):
+        for step in range(WARMUPS + 2):
+            calls += 1
+            x = torch.full((size,), float(calls))
+            assert torch.equal(replayed(kind, x)[0], 2 * x), (kind, size, step)
+    assert recorder.captures == 4
+    assert recorder.replays == 4 * 2
+    assert len(seen) == calls  # a step is never run twice, nor left out
+
+
+def search(task: ImageTask, recorder: Recorder | None, method: str) -> BilevelSearch:
+    partial = 2 if method == "pcdarts" else 1
+    config = SearchConfig(
+        supernet=SupernetConfig(4, 3, partial, edge_normalisation=partial > 1),
+        epochs=2,
+        batch_size=16,
+    )
+    made = BilevelSearch(task, METHODS[method], config, seed=0, device=CPU, backend="eager")
+    if recorder is not None:
+        made.capture_steps(recorder)
+    return made
+
+
+@pytest.mark.parametrize("method", ["darts", "pcdarts"])
+def test_a_search_that_replays_ends_with_the_same_bits(few_digits: ImageTask, method: str) -> None:
+    recorder = Recorder()
+    ours, theirs = search(few_digits, recorder, method), search(few_digits, None, method)
+    expected, found = theirs.run(), ours.run()
+    assert recorder.captures == 2 * 2  # either step, once an epoch: another learning rate
+    assert recorder.replays > 4
+    assert found.genotype == expected.genotype
+    for name, value in expected.supernet.state_dict().items():
+        assert torch.equal(found.supernet.state_dict()[name], value), name
+    assert found.records[-1].metrics["supernet/train_loss"] == pytest.approx(
+        expected.records[-1].metrics["supernet/train_loss"], abs=0
+    )
+
+
+def test_unknown_wish_is_refused(few_digits: ImageTask) -> None:
+    with pytest.raises(ConfigurationError, match="cuda_graphs is 'auto' or 'off', not 'on'"):
+        BilevelSearch(
+            few_digits, METHODS["darts"], SearchConfig(), seed=0, device=CPU, cuda_graphs="on"
+        )
