@@ -138,6 +138,25 @@ def welch_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     return Difference(mean, float(bounds.low), float(bounds.high), float(test.pvalue))
 
 
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """mean(a - b) of pairs with Student's 95% interval, and the p value of Wilcoxon's test.
+
+    The signed-rank test asks nothing of the differences but that they are symmetric; pairs that do
+    not differ are left out of it. Its p value is nan where none differs, the bounds where there is
+    a single pair.
+
+    Raises:
+        ConfigurationError: no pairs, or sides of different length.
+    """
+    first, second = _pair(a, b, "a paired test", least=1)
+    differences = first - second
+    interval = mean_interval(differences.tolist(), _CONFIDENCE)
+    p_value = math.nan
+    if np.any(differences):
+        p_value = float(stats.wilcoxon(differences).pvalue)
+    return Difference(interval.mean, interval.low, interval.high, p_value)
+
+
 def kendall_tau_b(a: Sequence[float], b: Sequence[float]) -> float:
     """Kendall's rank correlation with ties accounted for; nan where a side is constant.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 
@@ -35,6 +36,7 @@ from pipeline.pretrain import PretrainSettings, pretrain
 from pipeline.retrain import RetrainSettings, retrain
 from pipeline.search import SearchSettings, search
 from pipeline.settings import CompareSettings, DataSettings, StackSettings
+from pipeline.study import StudySettings, study
 from pipeline.transfer import TransferSettings, transfer
 
 FAILED, INTERRUPTED = 1, 130  # 130 is what a shell reports for Ctrl-C
@@ -344,6 +346,29 @@ def distance_command(
             seed=seed,
         ),
         Machine(device=device, data=data, fresh=fresh, options=_options(context)),
+    )
+
+
+@app.command("study")
+def study_command(
+    context: typer.Context,
+    preset: o.StudyName = "warm-start",
+    results: o.Results = Path("studies/warm-start/results.csv"),
+    seeds: o.Repetitions = 3,
+    at_most: o.AtMost = None,
+    device: o.Device = "auto",
+    backend: o.Backend = AUTO,
+    data: o.StudyData = None,
+    verbose: o.Verbose = False,
+) -> None:
+    """Run an experiment of many searches, a row of a CSV file each, and report what it shows.
+
+    What is done is not done again: a study that was stopped goes on when it is started anew, and
+    with more seeds it grows. The report and its pictures are written beside the file.
+    """
+    study(
+        StudySettings(preset, results, seeds, at_most),
+        Machine(device, threads=1, data=data, options=_options(context), backend=backend),
     )
 
 

@@ -13,14 +13,17 @@ from nas.spaces.darts import PUBLISHED
 from nas.transfer.otdd.distance import OUTER
 from pipeline.distance import FEATURES
 from pipeline.presets import PRESETS
+from pipeline.study import STUDIES
 
 _SETS = ", ".join(name for name in DATA_SETS if not name.startswith("folder:"))
 _METHODS = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
 _FEATURES = "; ".join(f"{name}: {summary}" for name, summary in FEATURES.items())
 _OUTER = "; ".join(f"{name}: {summary}" for name, summary in OUTER.items())
+_STUDIES = "; ".join(f"{name}: {study.summary}" for name, study in STUDIES.items())
 _PRESETS = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
 
-DATA, SEARCH, MEASURE, NETWORK, TRAINING, MACHINE = (
+STUDY, DATA, SEARCH, MEASURE, NETWORK, TRAINING, MACHINE = (
+    "The study",
     "What data",
     "How to search",
     "How to measure",
@@ -357,6 +360,37 @@ Parallel = Annotated[
     typer.Option(
         min=1,
         help="Networks trained side by side; by default one a core, and one at a time on a GPU.",
+        rich_help_panel=MACHINE,
+    ),
+]
+StudyName = Annotated[
+    str, typer.Option("--preset", help=f"Which study. {_STUDIES}.", rich_help_panel=STUDY)
+]
+Results = Annotated[
+    Path,
+    typer.Option(
+        help="CSV file that grows by a row for each search; the report is written beside it.",
+        rich_help_panel=STUDY,
+    ),
+]
+Repetitions = Annotated[
+    int,
+    typer.Option("--seeds", min=1, help="Repetitions of everything.", rich_help_panel=STUDY),
+]
+AtMost = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Run at most so many searches this time; 0 only writes the report anew.",
+        rich_help_panel=STUDY,
+    ),
+]
+StudyData = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="Folder of the archives of images that the study needs; by default in the user's "
+        "cache.",
         rich_help_panel=MACHINE,
     ),
 ]

@@ -119,7 +119,7 @@ def run_step(
     if not fresh and (outcome := _reuse(name, digest, title, parent, say)) is not None:
         _clear_leftovers(work, title)
         return outcome
-    with _locked(work.lock, title):
+    with locked(work.lock, title):
         if fresh:
             shutil.rmtree(work.folder, ignore_errors=True)
         interrupted = _find_interrupted(name, digest, title, work, parent, say)
@@ -243,12 +243,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _clear_leftovers(work: _Work, title: str) -> None:
     """Remove what a step left that was killed after its run was marked as finished."""
     if work.folder.exists():
-        with suppress(NASError), _locked(work.lock, title):
+        with suppress(NASError), locked(work.lock, title):
             shutil.rmtree(work.folder, ignore_errors=True)
 
 
 @contextmanager
-def _locked(path: Path, title: str) -> Iterator[None]:
+def locked(path: Path, title: str) -> Iterator[None]:
     """Hold the lock file ``path``.
 
     Raises:

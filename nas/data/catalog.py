@@ -87,8 +87,35 @@ def load_task(
     Raises UnknownNameError, ConfigurationError for impossible fractions or limits, and DataError
     for data that is missing, broken or too small.
     """
-    _check_numbers(image_size, largest, limit)
-    raw = _read(name, root, download)
+    _check_numbers(image_size, largest, limit)  # before anything is downloaded
+    return task_of(
+        name,
+        read_raw(name, root, download),
+        image_size=image_size,
+        largest=largest,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        limit=limit,
+        seed=seed,
+        progress=progress,
+        observer=observer,
+    )
+
+
+def task_of(
+    name: str,
+    raw: RawSet,
+    *,
+    image_size: int | None = None,
+    largest: int | None = None,
+    val_fraction: float | None = None,
+    test_fraction: float = TEST_FRACTION,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    observer: Observer | None = None,
+) -> ImageTask:
+    """The task ``name`` of a set that was read already; see :func:`load_task`."""
     if limit is not None and "test" in raw.given:
         raw, limit = _limited(raw, limit, seed), None
     images = _store(raw, image_size, largest, progress)
@@ -138,7 +165,8 @@ def _check_numbers(image_size: int | None, largest: int | None, limit: int | Non
         raise ConfigurationError(f"limit is {limit}: it must be a positive number of images")
 
 
-def _read(name: str, root: Path, download: bool) -> RawSet:
+def read_raw(name: str, root: Path, download: bool = True) -> RawSet:
+    """The set ``name``, one of DATA_SETS, as its reader finds it."""
     if name.startswith(FOLDER_PREFIX):
         return read_folder(Path(name.removeprefix(FOLDER_PREFIX)).expanduser())
     if name in EMBEDDED:

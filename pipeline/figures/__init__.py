@@ -10,6 +10,12 @@ from pipeline.figures.cells import draw_cells
 from pipeline.figures.curves import draw_alphas, draw_learning_curves, draw_search_curves
 from pipeline.figures.distances import draw_distances, draw_map, nearest
 from pipeline.figures.results import NetworkAccuracies, draw_comparison, draw_confusion
+from pipeline.figures.study import (
+    draw_distance_effect,
+    draw_mean_curves,
+    draw_pairs,
+    draw_speed_ups,
+)
 
 __all__ = [
     "NetworkAccuracies",
@@ -17,9 +23,13 @@ __all__ = [
     "draw_cells",
     "draw_comparison",
     "draw_confusion",
+    "draw_distance_effect",
     "draw_distances",
     "draw_learning_curves",
     "draw_map",
+    "draw_mean_curves",
+    "draw_pairs",
     "draw_search_curves",
+    "draw_speed_ups",
     "nearest",
 ]

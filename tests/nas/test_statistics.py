@@ -14,6 +14,7 @@ from nas.statistics import (
     Interval,
     kendall_tau_b,
     mean_interval,
+    paired_difference,
     proportion_interval,
     relative_improvement,
     relative_improvement_interval,
@@ -197,3 +198,22 @@ def test_rank_correlation_limits(correlation: Callable[..., float]) -> None:
         correlation([1, 2, 3], [1, 2])
     with pytest.raises(ConfigurationError, match="at least 2"):
         correlation([1], [1])
+
+
+class TestPairedDifference:
+    def test_by_hand(self) -> None:
+        # differences 1 to 5: mean 3, deviation sqrt(2.5), t(4) = 2.776; two of 32 signs as extreme
+        found = paired_difference([2, 4, 6, 8, 10], [1, 2, 3, 4, 5])
+        half = 2.7764451 * math.sqrt(2.5 / 5)
+        assert found.mean == 3
+        assert (found.low, found.high) == pytest.approx((3 - half, 3 + half))
+        assert found.p_value == pytest.approx(2 / 32)
+
+    def test_pairs_that_do_not_differ(self) -> None:
+        found = paired_difference([1, 2], [1, 2])
+        assert (found.mean, found.low, found.high) == (0, 0, 0)
+        assert math.isnan(found.p_value)
+
+    def test_as_many_on_either_side(self) -> None:
+        with pytest.raises(ConfigurationError, match="equally many"):
+            paired_difference([1, 2], [1])

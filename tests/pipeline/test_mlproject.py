@@ -19,7 +19,16 @@ from pipeline.cli import app, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT: Mapping[str, Any] = yaml.safe_load((ROOT / "MLproject").read_text())
-ENTRY_POINTS = ("main", "transfer", "search", "pretrain", "retrain", "evaluate", "distance")
+ENTRY_POINTS = (
+    "main",
+    "transfer",
+    "search",
+    "pretrain",
+    "retrain",
+    "evaluate",
+    "distance",
+    "study",
+)
 
 
 def options_of(command: str) -> dict[str, Any]:

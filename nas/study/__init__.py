@@ -1,0 +1,1 @@
+"""Experiments that show what a transfer is worth: cells of a design, each a pure function."""

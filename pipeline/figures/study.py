@@ -1,0 +1,100 @@
+"""What a study of warm starts found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pipeline.figures.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    VERMILLION,
+    count_epochs,
+    new_figure,
+    quiet,
+)
+
+_COLOURS = {
+    "scratch": GREY,
+    "nearest": BLUE,
+    "random": ORANGE,
+    "farthest": VERMILLION,
+    "multi": GREEN,
+}
+_SPREAD = 0.28  # dots of a row lie within so much above and below it
+_NEVER = "0: never reached"
+
+
+def draw_speed_ups(groups: Mapping[str, Sequence[float]]) -> Figure:
+    """A row of dots for each group, a dot a race, and its median."""
+    figure, (axes,) = new_figure(1.9 + 0.8 * len(groups))
+    quiet(
+        axes,
+        "how much sooner the search from scratch is caught up with",
+        x=f"speed-up in epochs ({_NEVER}); the bar is the median",
+    )
+    axes.grid(visible=False, axis="y")
+    for row, (name, values) in enumerate(groups.items()):
+        colour = _COLOURS.get(name, PURPLE)
+        places = row + np.linspace(-_SPREAD, _SPREAD, len(values)) if len(values) > 1 else [row]
+        axes.scatter(values, places, s=26, color=colour, alpha=0.6, linewidth=0, zorder=3)
+        middle = float(np.median(values))
+        axes.plot([middle] * 2, [row - 0.4, row + 0.4], color=colour, linewidth=3, zorder=4)
+    axes.axvline(1, color=BLACK, linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    return figure
+
+
+def draw_distance_effect(points: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """(distance, speed-up) of the races of each group."""
+    figure, (axes,) = new_figure(5.6)
+    quiet(
+        axes,
+        "speed-up by distance of the source",
+        x="OTDD of pixels, target to source",
+        y=f"speed-up in epochs ({_NEVER})",
+    )
+    for name, pairs in points.items():
+        distances, speed_ups = zip(*pairs, strict=True)
+        colour = _COLOURS.get(name, PURPLE)
+        axes.scatter(distances, speed_ups, s=34, color=colour, alpha=0.7, linewidth=0, label=name)
+    axes.axhline(1, color=BLACK, linewidth=1, linestyle="--")
+    figure.legend(loc="outside upper right", ncols=5, frameon=False)
+    return figure
+
+
+def draw_mean_curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
+    """Validation accuracy (0..1) by epoch, the mean over the searches of each group.
+
+    All groups must be of the same targets, methods and seeds, or their means differ by those.
+    """
+    figure, (axes,) = new_figure(5.6)
+    searches = len(next(iter(curves.values())))
+    quiet(axes, f"validation accuracy of {searches} supernets of each kind", y="mean top-1 (%)")
+    for name, group in curves.items():
+        means = 100 * np.asarray(group, dtype=np.float64).mean(axis=0)
+        epochs = np.arange(1, len(means) + 1)
+        axes.plot(epochs, means, color=_COLOURS.get(name, PURPLE), linewidth=2, label=name)
+    count_epochs(axes)
+    figure.legend(loc="outside upper right", ncols=5, frameon=False)
+    return figure
+
+
+def draw_pairs(pairs: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """Test accuracies (0..1) of pairs: (scratch, warm) of each comparison, one panel each."""
+    figure, panels = new_figure(4.4, columns=len(pairs))
+    for axes, (title, values) in zip(panels, pairs.items(), strict=True):
+        scratch, warm = 100 * np.asarray(values, dtype=np.float64).T
+        quiet(axes, title, x="from scratch (%)", y="warm start (%)")
+        low, high = min(scratch.min(), warm.min()) - 2, max(scratch.max(), warm.max()) + 2
+        axes.plot([low, high], [low, high], color=BLACK, linewidth=1, linestyle="--")
+        axes.scatter(scratch, warm, s=34, color=BLUE, alpha=0.7, linewidth=0, zorder=3)
+        axes.set_aspect("equal")
+    return figure
