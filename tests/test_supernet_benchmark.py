@@ -73,7 +73,7 @@ def test_storage_in_bfloat16_has_rows_of_its_own(
         ("native", "float32"),
         ("native", "bfloat16"),
     ]
-    assert "native bfloat16" in capsys.readouterr().out
+    assert "native bf16" in capsys.readouterr().out
 
 
 def test_every_phase_of_darts_is_timed_and_the_steps_move_what_they_should() -> None:

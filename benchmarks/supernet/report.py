@@ -16,7 +16,7 @@ from benchmarks.supernet.floors import Floor, Rates
 from benchmarks.supernet.memory import Memory
 from benchmarks.supernet.setting import STEP, Setting
 from benchmarks.supernet.timing import Spread
-from nas.ops.backend import FLOAT32
+from nas.ops.backend import BFLOAT16
 from pipeline.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, PALE, new_figure, quiet
 
 COLOURS = {"authors": GREY, "eager": ORANGE, "compile": GREEN, "native": BLUE}
@@ -47,7 +47,7 @@ class Row:
     @property
     def name(self) -> str:
         """For people: the implementation, with its type where that is not float32."""
-        return self.implementation + ("" if self.dtype == FLOAT32 else f" {self.dtype}")
+        return self.implementation + (" bf16" if self.dtype == BFLOAT16 else "")
 
     def to_json(self) -> dict[str, Any]:
         """One flat row.
