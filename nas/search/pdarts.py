@@ -30,6 +30,7 @@ class ProgressiveDarts(Method):
 
     name = "pdarts"
     summary = "P-DARTS: stages of deeper supernets and fewer operations (arXiv 1904.12760)"
+    capturable = False  # which skips are dropped is drawn on the CPU in each step
 
     def paper_config(self) -> SearchConfig:
         """Section 4.1 and the authors' code: 5, 11, 17 cells; 8, 5, 3 operations; 25 epochs each.
