@@ -217,7 +217,7 @@ BOTH = [
     ("weights", half, "weights must be float32 or float64, not Half"),
     ("weights", whole, "weights must be float32 or float64, not Int"),
     ("weights", strided, r"weights must be contiguous; it has strides \[2\]"),
-    ("before", single, "before must be Double as `weights` is, not Float"),
+    ("before", single, "before must be Double as `previous` is, not Float"),
     ("before", rows_first, "before must be contiguous in channels-last format; it has strides"),
     ("before", one_image_less, "before has 1 images, previous 2"),
     ("before", column_less, r"before of \d+ x \d+ does not fit previous of \d+ x \d+"),
