@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 
@@ -15,7 +15,6 @@ from nas.spaces.darts import Genotype
 from nas.statistics import Interval, proportion_interval, spearman
 from nas.study.warm_start import (
     FARTHEST,
-    FULL,
     NEAREST,
     RANDOM,
     SCRATCH,
@@ -42,12 +41,13 @@ class Row:
     method: str
     seed: int
     start: str
-    budget: str
+    epochs: int
     source: str
     distance: float
     final_accuracy: float
     accuracies: tuple[float, ...]
     seconds: tuple[float, ...]
+    processor_seconds: float
     test_accuracy: float
     train_seconds: float
     genotype: str  # JSON
@@ -56,7 +56,7 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         """Names the cell."""
-        return self.target, self.method, str(self.seed), self.start, self.budget
+        return self.target, self.method, str(self.seed), self.start, str(self.epochs)
 
     @property
     def block(self) -> tuple[str, str, int]:
@@ -69,8 +69,8 @@ class Row:
         tested = "" if math.isnan(self.test_accuracy) else f", tested {self.test_accuracy:.1%}"
         began = f" from {self.source} at {self.distance:.2f}" if self.source else ""
         return (
-            f"{self.final_accuracy:.1%} after {len(self.accuracies)} epochs and "
-            f"{sum(self.seconds):.0f} s{began}{tested}"
+            f"{self.final_accuracy:.1%} after {self.epochs} epochs and "
+            f"{self.processor_seconds:.0f} s of a processor{began}{tested}"
         )
 
     @staticmethod
@@ -82,12 +82,13 @@ class Row:
             method=cell.method,
             seed=cell.seed,
             start=cell.start,
-            budget=cell.budget,
+            epochs=cell.epochs,
             source="+".join(outcome.sources),
             distance=outcome.distance,
             final_accuracy=outcome.accuracies[-1],
             accuracies=outcome.accuracies,
             seconds=outcome.seconds,
+            processor_seconds=outcome.processor_seconds,
             test_accuracy=outcome.test_accuracy,
             train_seconds=outcome.train_seconds,
             genotype=json.dumps(outcome.genotype.to_json(), separators=(",", ":")),
@@ -134,67 +135,90 @@ def _text(name: str, value: object) -> str:
 
 @dataclass(frozen=True)
 class Race:
-    """A search with a warm start beside the one from scratch of the same target, method and seed.
+    """Searches with a warm start beside the one from scratch of the same target, method and seed.
 
     Attributes:
-        goal: the validation accuracy that the search from scratch ended with.
-        scratch_epochs, warm_epochs: until each had reached the goal for the first time; the second
-            is None where it never did.
-        scratch_seconds, warm_seconds: likewise.
+        scratch: the whole search from scratch.
+        warm: searches with one kind of warm start, from the shortest budget to the longest.
     """
 
-    warm: Row
     scratch: Row
-    goal: float
-    scratch_epochs: int
-    warm_epochs: int | None
+    warm: tuple[Row, ...]
+
+    @property
+    def start(self) -> str:
+        """The kind of warm start."""
+        return self.warm[0].start
+
+    @property
+    def goal(self) -> float:
+        """The validation accuracy that the search from scratch ends with."""
+        return self.scratch.final_accuracy
+
+    @property
+    def winner(self) -> Row | None:
+        """The shortest warm search that ends with the goal or more; None where none does."""
+        return next((row for row in self.warm if row.final_accuracy >= self.goal), None)
 
     @property
     def speed_up(self) -> float:
-        """Epochs from scratch over epochs with the warm start; 0 where it never reached the goal.
+        """Epochs of the search from scratch over those of the winner; 0 without one.
 
         0 keeps medians and ranks right, as long as less than half of the races are such.
         """
-        return self.scratch_epochs / self.warm_epochs if self.warm_epochs else 0.0
+        return self._over(self.scratch.epochs)
+
+    @property
+    def speed_up_from_first_touch(self) -> float:
+        """The same, had the search from scratch ended when it first had the goal.
+
+        It could not have known: its learning rate was still to fall. A lower bound.
+        """
+        return self._over(self.first_touch)
+
+    @property
+    def first_touch(self) -> int:
+        """Epochs after which the search from scratch had the goal for the first time."""
+        accuracies = enumerate(self.scratch.accuracies, start=1)
+        return next(epoch for epoch, accuracy in accuracies if accuracy >= self.goal)
 
     @property
     def speed_up_in_seconds(self) -> float:
-        """The same of seconds, as they were on that machine."""
-        if self.warm_epochs is None:
+        """The same as ``speed_up`` in seconds of a processor; 0 without a winner."""
+        if self.winner is None:
             return 0.0
-        warm = sum(self.warm.seconds[: self.warm_epochs])
-        return sum(self.scratch.seconds[: self.scratch_epochs]) / warm
+        return self.scratch.processor_seconds / self.winner.processor_seconds
+
+    def gain(self, epochs: int) -> float:
+        """Final validation accuracy of the warm search of that budget, less the goal."""
+        return next(r.final_accuracy for r in self.warm if r.epochs == epochs) - self.goal
+
+    def _over(self, epochs: int) -> float:
+        return epochs / self.winner.epochs if self.winner else 0.0
 
 
-def epochs_until(accuracies: Sequence[float], goal: float) -> int | None:
-    """The first epoch, from 1, after which ``goal`` was reached; None where it never was."""
-    for epoch, accuracy in enumerate(accuracies, start=1):
-        if accuracy >= goal:
-            return epoch
-    return None
+def races(rows: Sequence[Row], budgets: Sequence[int], full_epochs: int) -> list[Race]:
+    """Every warm start whose search from scratch and whose searches of all ``budgets`` are there.
 
-
-def races(rows: Sequence[Row]) -> list[Race]:
-    """Every warm start at full budget whose search from scratch is there, too."""
-    scratch = {row.block: row for row in rows if row.start == SCRATCH and row.budget == FULL}
+    Args:
+        full_epochs: of the search from scratch.
+    """
+    by_key = {(row.block, row.start, row.epochs): row for row in rows}
     found = []
-    for row in rows:
-        if row.start == SCRATCH or row.budget != FULL or row.block not in scratch:
-            continue
-        own = scratch[row.block]
-        goal = own.accuracies[-1]
-        reached = epochs_until(own.accuracies, goal)
-        assert reached is not None  # at its last epoch at the latest
-        found.append(Race(row, own, goal, reached, epochs_until(row.accuracies, goal)))
+    for block, start in dict.fromkeys((row.block, row.start) for row in rows):
+        own = by_key.get((block, SCRATCH, full_epochs))
+        warm = tuple(by_key[block, start, e] for e in budgets if (block, start, e) in by_key)
+        if start != SCRATCH and own is not None and len(warm) == len(budgets):
+            found.append(Race(own, warm))
     return found
 
 
 def matched(
-    rows: Sequence[Row], first: tuple[str, str], second: tuple[str, str]
+    rows: Sequence[Row], first: tuple[str, int], second: tuple[str, int]
 ) -> list[tuple[Row, Row]]:
-    """Rows of two (start, budget) with the same target, method and seed, side by side."""
-    own = {row.block: row for row in rows if (row.start, row.budget) == first}
-    other = {row.block: row for row in rows if (row.start, row.budget) == second}
+    """Rows of two (start, epochs) with the same target, method and seed, side by side."""
+    own = {row.block: row for row in rows if (row.start, row.epochs) == first}
+    other = {row.block: row for row in rows if (row.start, row.epochs) == second}
     return [(row, other[block]) for block, row in own.items() if block in other]
 
 
@@ -214,8 +238,9 @@ class SpeedUps:
         races: number of them; ``reached`` of them got to the goal at all.
         quartiles: of the speed-up in epochs, lower, median and upper.
         lowest, highest: of the same.
-        in_seconds: median speed-up in seconds.
-        faster: share with a speed-up above 1, with Wilson's 95% interval.
+        in_seconds: median speed-up in seconds of a processor.
+        from_first_touch: median of the lower bound in epochs.
+        fourfold: share with a speed-up of at least 4, with Wilson's 95% interval.
     """
 
     races: int
@@ -224,7 +249,8 @@ class SpeedUps:
     lowest: float
     highest: float
     in_seconds: float
-    faster: Interval
+    from_first_touch: float
+    fourfold: Interval
 
 
 def speed_ups(found: Sequence[Race]) -> SpeedUps:
@@ -232,33 +258,35 @@ def speed_ups(found: Sequence[Race]) -> SpeedUps:
     values = [race.speed_up for race in found]
     return SpeedUps(
         races=len(found),
-        reached=sum(race.warm_epochs is not None for race in found),
+        reached=sum(race.winner is not None for race in found),
         quartiles=quartiles(values),
         lowest=min(values),
         highest=max(values),
         in_seconds=quartiles([race.speed_up_in_seconds for race in found])[1],
-        faster=proportion_interval(sum(value > 1 for value in values), len(values)),
+        from_first_touch=quartiles([race.speed_up_from_first_touch for race in found])[1],
+        fourfold=proportion_interval(sum(value >= 4 for value in values), len(values)),
     )
 
 
-def distance_correlation(found: Sequence[Race]) -> tuple[float, float]:
-    """Spearman's correlation of distance with speed-up: over all races, and within blocks.
+def distance_correlation(
+    found: Sequence[Race], worth: Callable[[Race], float]
+) -> tuple[float, float]:
+    """Spearman's correlation of distance with what a race was worth: over all, and within blocks.
 
     The second is the mean over targets, methods and seeds of the correlation among their own
     sources: a target that is far from everything cannot feign it. Races from one source only; nan
     where there are too few.
     """
-    single = [race for race in found if race.warm.start in (NEAREST, RANDOM, FARTHEST)]
+    single = [race for race in found if race.start in (NEAREST, RANDOM, FARTHEST)]
     if len(single) < 3:
         return math.nan, math.nan
-    over_all = spearman([r.warm.distance for r in single], [r.speed_up for r in single])
+
+    def correlation(some: Sequence[Race]) -> float:
+        return spearman([race.warm[0].distance for race in some], [worth(race) for race in some])
+
     blocks: dict[tuple[str, str, int], list[Race]] = {}
     for race in single:
-        blocks.setdefault(race.warm.block, []).append(race)
-    within = [
-        spearman([r.warm.distance for r in block], [r.speed_up for r in block])
-        for block in blocks.values()
-        if len(block) == 3
-    ]
+        blocks.setdefault(race.scratch.block, []).append(race)
+    within = [correlation(block) for block in blocks.values() if len(block) == 3]
     known = [value for value in within if not math.isnan(value)]
-    return over_all, fmean(known) if known else math.nan
+    return correlation(single), fmean(known) if known else math.nan
