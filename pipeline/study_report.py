@@ -14,6 +14,7 @@ from nas.study.analysis import (
     Race,
     Row,
     distance_correlation,
+    gains,
     matched,
     quartiles,
     races,
@@ -50,7 +51,7 @@ def write_report(rows: Sequence[Row], design: WarmStartStudy, folder: Path) -> l
         _target_section(found),
         _rival_section(rows, found, design),
         _retrained_section(rows, design),
-        _distance_section(found, design),
+        _distance_section(rows, found, design),
     ]
     pictures = dict(_pictures(rows, found, design))
     shown = [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
@@ -220,23 +221,31 @@ def _retrained_section(rows: Sequence[Row], design: WarmStartStudy) -> list[str]
     return lines
 
 
-def _distance_section(found: Sequence[Race], design: WarmStartStudy) -> list[str]:
+def _gains(rows: Sequence[Row], start: str, design: WarmStartStudy) -> list[tuple[Row, float]]:
+    return gains(rows, start, design.reduced_epochs, design.full_epochs)
+
+
+def _distance_section(
+    rows: Sequence[Row], found: Sequence[Race], design: WarmStartStudy
+) -> list[str]:
     reduced = design.reduced_epochs
     lines = [
         "## Distance",
-        "Spearman's correlation with the distance of the source: over all races from a single "
+        "Spearman's correlation with the distance of the source: over all searches from a single "
         "source, and the mean of those among the three sources of the same target, method and "
         "seed. Negative means that nearer is better.",
         "",
-        "| distance with | over all | within |",
-        "|---|---|---|",
+        "| distance with | searches | over all | within |",
+        "|---|---|---|---|",
     ]
+    speed = [(race.warm[0], race.speed_up) for race in found if race.start in SINGLE]
+    gained = [pair for start in SINGLE for pair in _gains(rows, start, design)]
     for title, worth in (
-        ("speed-up", lambda race: race.speed_up),
-        (f"accuracy after {reduced} epochs less the goal", lambda race: race.gain(reduced)),
+        ("speed-up", speed),
+        (f"accuracy after {reduced} epochs less the goal", gained),
     ):
-        over_all, within = distance_correlation(found, worth)
-        lines.append(f"| {title} | {_number(over_all)} | {_number(within)} |")
+        over_all, within = distance_correlation(worth)
+        lines.append(f"| {title} | {len(worth)} | {_number(over_all)} | {_number(within)} |")
     return lines
 
 
@@ -255,13 +264,13 @@ def _pictures(
         )
         if curves := _curves(ran):
             yield "curves.png", draw_mean_curves(curves)
-    single = {start: own for start, own in ran.items() if start in SINGLE}
-    if single:
-        points = {
-            start: [(race.warm[0].distance, 100 * race.gain(design.reduced_epochs)) for race in own]
-            for start, own in single.items()
+    points = {start: own for start in SINGLE if (own := _gains(rows, start, design))}
+    if points:
+        dots = {
+            start: [(row.distance, 100 * gain) for row, gain in own]
+            for start, own in points.items()
         }
-        yield "distance.png", draw_distance_effect(points, design.reduced_epochs)
+        yield "distance.png", draw_distance_effect(dots, design.reduced_epochs)
     tested = {title: _tested(rows, *both) for title, both in _compared(design).items()}
     if any(tested.values()):
         yield "retrained.png", draw_pairs({title: own for title, own in tested.items() if own})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 
@@ -13,15 +13,7 @@ import numpy as np
 from nas.errors import DataError
 from nas.spaces.darts import Genotype
 from nas.statistics import Interval, proportion_interval, spearman
-from nas.study.warm_start import (
-    FARTHEST,
-    NEAREST,
-    RANDOM,
-    SCRATCH,
-    Cell,
-    Outcome,
-    WarmStartStudy,
-)
+from nas.study.warm_start import SCRATCH, Cell, Outcome, WarmStartStudy
 
 STUDY = "study"  # the column by which rows of other settings are recognised
 _SERIES = ("accuracies", "seconds")  # numbers of each epoch, separated by spaces
@@ -189,10 +181,6 @@ class Race:
             return 0.0
         return self.scratch.processor_seconds / self.winner.processor_seconds
 
-    def gain(self, epochs: int) -> float:
-        """Final validation accuracy of the warm search of that budget, less the goal."""
-        return next(r.final_accuracy for r in self.warm if r.epochs == epochs) - self.goal
-
     def _over(self, epochs: int) -> float:
         return epochs / self.winner.epochs if self.winner else 0.0
 
@@ -268,25 +256,34 @@ def speed_ups(found: Sequence[Race]) -> SpeedUps:
     )
 
 
-def distance_correlation(
-    found: Sequence[Race], worth: Callable[[Race], float]
-) -> tuple[float, float]:
-    """Spearman's correlation of distance with what a race was worth: over all, and within blocks.
+def gains(
+    rows: Sequence[Row], start: str, epochs: int, full_epochs: int
+) -> list[tuple[Row, float]]:
+    """Warm searches of that start and length; final accuracy less that of the one from scratch."""
+    return [
+        (warm, warm.final_accuracy - scratch.final_accuracy)
+        for warm, scratch in matched(rows, (start, epochs), (SCRATCH, full_epochs))
+    ]
+
+
+def distance_correlation(worth: Sequence[tuple[Row, float]]) -> tuple[float, float]:
+    """Spearman's correlation of distance with what it was worth: over all, and within blocks.
 
     The second is the mean over targets, methods and seeds of the correlation among their own
-    sources: a target that is far from everything cannot feign it. Races from one source only; nan
-    where there are too few.
+    sources: a target that is far from everything cannot feign it. nan where there are too few.
+
+    Args:
+        worth: warm searches from a single source, each with a number.
     """
-    single = [race for race in found if race.start in (NEAREST, RANDOM, FARTHEST)]
-    if len(single) < 3:
-        return math.nan, math.nan
 
-    def correlation(some: Sequence[Race]) -> float:
-        return spearman([race.warm[0].distance for race in some], [worth(race) for race in some])
+    def correlation(some: Sequence[tuple[Row, float]]) -> float:
+        if len(some) < 3:
+            return math.nan
+        return spearman([row.distance for row, _ in some], [value for _, value in some])
 
-    blocks: dict[tuple[str, str, int], list[Race]] = {}
-    for race in single:
-        blocks.setdefault(race.scratch.block, []).append(race)
-    within = [correlation(block) for block in blocks.values() if len(block) == 3]
+    blocks: dict[tuple[str, str, int], list[tuple[Row, float]]] = {}
+    for row, value in worth:
+        blocks.setdefault(row.block, []).append((row, value))
+    within = [correlation(block) for block in blocks.values()]
     known = [value for value in within if not math.isnan(value)]
-    return correlation(single), fmean(known) if known else math.nan
+    return correlation(worth), fmean(known) if known else math.nan

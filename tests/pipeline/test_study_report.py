@@ -113,4 +113,7 @@ def test_rivals(report: str) -> None:
 def test_distance(report: str) -> None:
     # distances 1 2 3 2 2 and speed-ups 4 2 0 2 4, ranks 1 3 5 3 3 and 4.5 2.5 1 2.5 4.5:
     # products of deviations -3 0 -4 0 0, over the root of 8 * 9
-    assert f"| speed-up | {-7 / 72**0.5:.2f} | -1.00 |" in report
+    assert f"| speed-up | 5 | {-7 / 72**0.5:.2f} | -1.00 |" in report
+    # distances 1 2 2 2 4 3 and gains 0 -40 0 -10 0 -50 points, ranks 1 3 3 3 6 5 and 5 2 5 3 5 1:
+    # products of deviations -3.75 0.75 -0.75 0.25 3.75 -3.75, over the root of 15.5 * 15.5
+    assert f"| accuracy after 1 epochs less the goal | 6 | {-3.5 / 15.5:.2f} | " in report

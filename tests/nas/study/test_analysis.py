@@ -14,6 +14,7 @@ from nas.study.analysis import (
     Race,
     Row,
     distance_correlation,
+    gains,
     matched,
     quartiles,
     races,
@@ -84,7 +85,6 @@ def test_races() -> None:
     assert found["a", "nearest"].speed_up_in_seconds == 8  # 8 s of a processor over 1
     assert found["a", "nearest"].speed_up_from_first_touch == 3
     assert found["b", "nearest"].speed_up_from_first_touch == 2
-    assert found["a", "nearest"].gain(2) == pytest.approx(0.1)
     assert found["a", "farthest"].winner is None
     assert found["a", "farthest"].speed_up_in_seconds == 0
     assert found["a", "farthest"].speed_up_from_first_touch == 0
@@ -109,9 +109,16 @@ def test_distance_correlation() -> None:
     # distances 1 2 5 4 3 and speed-ups 4 2 0 2 2 have ranks 1 2 5 4 3 and 5 3 1 3 3: products of
     # deviations -4 0 -4 0 0, over the root of 10 * 8. Only a has all three, and there distances
     # 1 5 3 and speed-ups 4 0 2 run against each other.
-    over_all, within = distance_correlation(all_races(), lambda race: race.speed_up)
+    worth = [(race.warm[0], race.speed_up) for race in all_races()]
+    over_all, within = distance_correlation(worth)
     assert over_all == pytest.approx(-8 / 80**0.5)
     assert within == pytest.approx(-1)
+
+
+def test_gains() -> None:
+    found = {row.target: gain for row, gain in gains(ROWS, "nearest", 2, 4)}
+    assert found == {"a": pytest.approx(0.1), "b": pytest.approx(0.0)}
+    assert [row.target for row, _ in gains(ROWS, "random", 1, 4)] == ["a", "b"]
 
 
 def test_matched() -> None:
