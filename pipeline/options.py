@@ -291,7 +291,7 @@ TrainEpochs = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Epochs of each training instead of the preset's, which has more of them on small sets.",
+        help="Epochs of each training instead of the preset's; `quick` has more on small sets.",
         rich_help_panel=TRAINING,
     ),
 ]
