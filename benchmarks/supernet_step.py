@@ -8,8 +8,8 @@ The implementations take turns in one process; peak memory is measured in a proc
 timed, all must compute the same from the same weights. Two-thread times count only while a probe
 sees two cores: rows marked "?" are those in which it did not.
 
-Without --size and --batch: 32x32 at batch 8 and 64, and the search of `make transfer`. That takes
-an hour or two; `--size 32 --batch 8` is the heart of it.
+Without --size, --batch and --embedded: 32x32 at batch 8 and 64, and the search of `make transfer`.
+That takes an hour or two; `--size 32 --batch 8` is the heart of it.
 """
 
 from __future__ import annotations
@@ -170,6 +170,8 @@ def _settings(options: argparse.Namespace) -> list[Setting]:
     methods = [options.method] if options.method else METHODS
     if options.quick:
         return [quick_setting(method) for method in methods]
+    if options.embedded:
+        return [embedded_setting(method) for method in methods]
     if options.size or options.batch:
         size, batch = options.size or 32, options.batch or 8
         return [paper_setting(method, size, batch, second_order=True) for method in methods]
@@ -193,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--peers", type=Path, metavar="PATH", help="where the authors' code is checked out")
     add("--floors", action="store_true", help="compare with what this machine could do at best")
     add("--quick", action="store_true", help="a tiny supernet, seconds: does everything work?")
+    add("--embedded", action="store_true", help="the search of `make transfer` alone")
     add("--method", choices=METHODS, help="one of the two; default: both")
     add("--size", type=int, help="pixels a side of the paper's supernet (16 channels, 8 cells)")
     add("--batch", type=int, help="its batch")

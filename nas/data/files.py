@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from nas.data.task import ImageStore, TensorImages
@@ -45,6 +45,8 @@ def map_images(
     def attempt(item: _T) -> tuple[_R | None, str | None]:
         try:
             return function(item), None
+        except UnidentifiedImageError:  # whose text names an object in memory
+            return None, f"{name_of(item)} (no image that Pillow knows)"
         except Exception as error:  # Pillow's readers raise nearly anything on a broken file
             return None, f"{name_of(item)} ({error})"
 
