@@ -95,7 +95,7 @@ def _groups(found: Sequence[Race]) -> Iterator[tuple[str, str, list[Race]]]:
     for start in WARM:
         for chosen in [methods, *([method] for method in methods if len(methods) > 1)]:
             own = [r for r in found if r.start == start and r.scratch.method in chosen]
-            if own:
+            if {race.scratch.method for race in own} == set(chosen):
                 yield start, " and ".join(chosen), own
 
 
@@ -119,7 +119,7 @@ def _reduced_section(rows: Sequence[Row], design: WarmStartStudy) -> list[str]:
                 for warm, whole in pairs
                 if warm.method in chosen
             ]
-            if own:
+            if {warm.method for warm, _ in pairs} >= set(chosen):
                 difference = paired_difference([100 * w for w, _ in own], [100 * s for _, s in own])
                 no_lower = proportion_interval(sum(w >= s for w, s in own), len(own))
                 lines.append(
