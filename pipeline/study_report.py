@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -14,45 +14,46 @@ from nas.study.analysis import (
     Race,
     Row,
     distance_correlation,
+    gains,
     matched,
     quartiles,
     races,
     speed_ups,
 )
-from nas.study.warm_start import FARTHEST, FULL, MULTI, NEAREST, RANDOM, REDUCED, SCRATCH, STARTS
+from nas.study.warm_start import (
+    FARTHEST,
+    MULTI,
+    NEAREST,
+    RANDOM,
+    SCRATCH,
+    STARTS,
+    WarmStartStudy,
+)
 from pipeline.figures import draw_distance_effect, draw_mean_curves, draw_pairs, draw_speed_ups
 
 REPORT = "report.md"
 WARM = tuple(start for start in STARTS if start != SCRATCH)
 SINGLE = (NEAREST, RANDOM, FARTHEST)
-# What is retrained: the warm search, the one from scratch, and what the two budgets are called.
-RETRAINED = {
-    "equal budget": ((NEAREST, FULL), (SCRATCH, FULL)),
-    "reduced against full": ((NEAREST, REDUCED), (SCRATCH, FULL)),
-    "reduced budget, both": ((NEAREST, REDUCED), (SCRATCH, REDUCED)),
-}
 
 
-def write_report(rows: Sequence[Row], planned: int, folder: Path) -> list[Path]:
-    """Write the report and its pictures to ``folder``; returns their paths, the report's first.
-
-    Args:
-        planned: number of rows of the whole design.
-    """
-    found = races(rows)
+def write_report(rows: Sequence[Row], design: WarmStartStudy, folder: Path) -> list[Path]:
+    """Write the report and its pictures to ``folder``; returns their paths, the report's first."""
+    found = races(rows, design.budgets, design.full_epochs)
     sections = [
         [
             "# Warm starts beside searches from scratch",
             "",
-            f"{len(rows)} of {planned} rows. Written from `results.csv` by the study itself.",
+            f"{len(rows)} of {len(design.cells())} rows. Written from `results.csv` by the study "
+            "itself.",
         ],
-        _speed_section(found),
+        _speed_section(found, design),
+        _reduced_section(rows, design),
         _target_section(found),
-        _rival_section(rows, found),
-        _retrained_section(rows),
-        _distance_section(found),
+        _rival_section(rows, found, design),
+        _retrained_section(rows, design),
+        _distance_section(rows, found, design),
     ]
-    pictures = dict(_pictures(rows, found))
+    pictures = dict(_pictures(rows, found, design))
     shown = [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     text = "\n\n".join("\n".join(section) for section in [*sections, shown] if section)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,29 +63,68 @@ def write_report(rows: Sequence[Row], planned: int, folder: Path) -> list[Path]:
     return [folder / REPORT, *(folder / name for name in pictures)]
 
 
-def _speed_section(found: Sequence[Race]) -> list[str]:
+def _speed_section(found: Sequence[Race], design: WarmStartStudy) -> list[str]:
+    *some, last = map(str, design.budgets)
     lines = [
         "## Speed-up",
-        "Epochs until the search from scratch had reached its final validation accuracy for the "
-        "first time, over epochs until the warm one had. A search that never reached it counts as "
-        "0. Seconds are as measured, whatever else the machine did.",
+        f"The {design.full_epochs} epochs of a search from scratch over the epochs of the shortest "
+        "warm search that ends with at least its final validation accuracy. Warm searches have "
+        f"{', '.join(some)} or {last} epochs, each with a schedule of its own; where none gets "
+        "there the speed-up counts as 0. Seconds are those of a processor. The lower bound "
+        "divides the epochs after which the search from scratch first had its final accuracy.",
         "",
-        "| start | method | races | reached | median | quartiles | range | faster (95%) | "
-        "median in seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| start | method | races | reached | median | quartiles | range | 4 or more (95%) | "
+        "median in seconds | median lower bound |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    methods = list(dict.fromkeys(race.warm.method for race in found))
+    for start, methods, own in _groups(found):
+        summary = speed_ups(own)
+        low, middle, high = summary.quartiles
+        lines.append(
+            f"| {start} | {methods} | {summary.races} | {summary.reached} | **{middle:.2f}** | "
+            f"{low:.2f} to {high:.2f} | {summary.lowest:.2f} to {summary.highest:.2f} | "
+            f"{_share(summary.fourfold)} | {summary.in_seconds:.2f} | "
+            f"{summary.from_first_touch:.2f} |"
+        )
+    return lines
+
+
+def _groups(found: Sequence[Race]) -> Iterator[tuple[str, str, list[Race]]]:
+    """(start, methods, races) of every start, over all methods and then by each."""
+    methods = list(dict.fromkeys(race.scratch.method for race in found))
     for start in WARM:
         for chosen in [methods, *([method] for method in methods if len(methods) > 1)]:
-            own = [r for r in found if r.warm.start == start and r.warm.method in chosen]
-            if own:
-                summary = speed_ups(own)
-                low, middle, high = summary.quartiles
+            own = [r for r in found if r.start == start and r.scratch.method in chosen]
+            if {race.scratch.method for race in own} == set(chosen):
+                yield start, " and ".join(chosen), own
+
+
+def _reduced_section(rows: Sequence[Row], design: WarmStartStudy) -> list[str]:
+    """What needs no choice among budgets: every warm search of the reduced one."""
+    lines = [
+        f"## Searches of {design.reduced_epochs} epochs",
+        f"Final validation accuracy, less that of the {design.full_epochs} epochs from scratch, in "
+        "points: one budget for all, so that nothing is picked. Student's 95% interval, Wilcoxon's "
+        "signed-rank test.",
+        "",
+        "| start | method | pairs | difference | p | no lower (95%) |",
+        "|---|---|---|---|---|---|",
+    ]
+    methods = list(dict.fromkeys(row.method for row in rows))
+    for start in STARTS:
+        pairs = matched(rows, (start, design.reduced_epochs), (SCRATCH, design.full_epochs))
+        for chosen in [methods, *([method] for method in methods if len(methods) > 1)]:
+            own = [
+                (warm.final_accuracy, whole.final_accuracy)
+                for warm, whole in pairs
+                if warm.method in chosen
+            ]
+            if {warm.method for warm, _ in pairs} >= set(chosen):
+                difference = paired_difference([100 * w for w, _ in own], [100 * s for _, s in own])
+                no_lower = proportion_interval(sum(w >= s for w, s in own), len(own))
                 lines.append(
-                    f"| {start} | {' and '.join(chosen)} | {summary.races} | {summary.reached} | "
-                    f"**{middle:.2f}** | {low:.2f} to {high:.2f} | {summary.lowest:.2f} to "
-                    f"{summary.highest:.2f} | {_share(summary.faster)} | "
-                    f"{summary.in_seconds:.2f} |"
+                    f"| {start} | {' and '.join(chosen)} | {len(own)} | {_difference(difference)} "
+                    f"| {_p(difference)} | {_share(no_lower)} |"
                 )
     return lines
 
@@ -94,68 +134,79 @@ def _target_section(found: Sequence[Race]) -> list[str]:
         "## By target",
         "Medians over methods and seeds; the goal is the final validation accuracy from scratch.",
         "",
-        f"| target | goal | epochs from scratch | {' | '.join(WARM)} | nearest source |",
+        f"| target | goal | first had from scratch | {' | '.join(WARM)} | nearest source |",
         "|---" * (4 + len(WARM)) + "|",
     ]
-    for target in dict.fromkeys(race.warm.target for race in found):
-        own = [race for race in found if race.warm.target == target]
+    for target in dict.fromkeys(race.scratch.target for race in found):
+        own = [race for race in found if race.scratch.target == target]
         medians = [
-            _number(quartiles([r.speed_up for r in own if r.warm.start == start])[1])
-            for start in WARM
+            _number(quartiles([r.speed_up for r in own if r.start == start])[1]) for start in WARM
         ]
-        nearest = sorted({r.warm.source for r in own if r.warm.start == NEAREST})
+        nearest = sorted({r.warm[0].source for r in own if r.start == NEAREST})
         lines.append(
-            f"| {target} | {quartiles([r.goal for r in own])[1]:.1%} | "
-            f"{quartiles([r.scratch_epochs for r in own])[1]:.1f} | {' | '.join(medians)} | "
-            f"{', '.join(nearest)} |"
+            f"| {target} | {quartiles([r.goal for r in own])[1]:.1%} | after "
+            f"{quartiles([float(r.first_touch) for r in own])[1]:.1f} epochs | "
+            f"{' | '.join(medians)} | {', '.join(nearest)} |"
         )
     return lines
 
 
-def _rival_section(rows: Sequence[Row], found: Sequence[Race]) -> list[str]:
+def _rival_section(rows: Sequence[Row], found: Sequence[Race], design: WarmStartStudy) -> list[str]:
     lines = [
         "## Nearest against the other beginnings",
-        "Same target, method and seed, full budget; Student's 95% interval of the mean difference, "
-        "Wilcoxon's signed-rank test.",
+        "Same target, method and seed; Student's 95% interval of the mean difference, Wilcoxon's "
+        "signed-rank test.",
         "",
-        "| nearest less | pairs | speed-up | p | final validation accuracy, points | p |",
-        "|---|---|---|---|---|---|",
+        f"| nearest less | pairs | speed-up | p | pairs | validation accuracy after "
+        f"{design.reduced_epochs} epochs, points | p |",
+        "|---|---|---|---|---|---|---|",
     ]
     by_start = {
-        start: {r.warm.block: r.speed_up for r in found if r.warm.start == start} for start in WARM
+        start: {r.scratch.block: r.speed_up for r in found if r.start == start} for start in WARM
     }
     for rival in (RANDOM, FARTHEST, MULTI, SCRATCH):
-        pairs = matched(rows, (NEAREST, FULL), (rival, FULL))
+        pairs = matched(rows, (NEAREST, design.reduced_epochs), (rival, design.reduced_epochs))
         if not pairs:
             continue
         accuracy = paired_difference(
             [100 * own.final_accuracy for own, _ in pairs],
             [100 * other.final_accuracy for _, other in pairs],
         )
-        speed = "| | "
+        speed = "| | | "
         blocks = [b for b in by_start[NEAREST] if b in by_start.get(rival, {})]
         if blocks:
             difference = paired_difference(
                 [by_start[NEAREST][b] for b in blocks], [by_start[rival][b] for b in blocks]
             )
-            speed = f"| {_difference(difference)} | {_p(difference)} "
+            speed = f"| {len(blocks)} | {_difference(difference)} | {_p(difference)} "
         lines.append(
-            f"| {rival} | {len(pairs)} {speed}| {_difference(accuracy)} | {_p(accuracy)} |"
+            f"| {rival} {speed}| {len(pairs)} | {_difference(accuracy)} | {_p(accuracy)} |"
         )
     return lines
 
 
-def _retrained_section(rows: Sequence[Row]) -> list[str]:
+def _compared(design: WarmStartStudy) -> dict[str, tuple[tuple[str, int], tuple[str, int]]]:
+    """What is retrained: a warm search, one from scratch, and what the pair is called."""
+    full, reduced = design.full_epochs, design.reduced_epochs
+    return {
+        f"nearest {full}, scratch {full}": ((NEAREST, full), (SCRATCH, full)),
+        f"nearest {reduced}, scratch {full}": ((NEAREST, reduced), (SCRATCH, full)),
+        f"nearest {reduced}, scratch {reduced}": ((NEAREST, reduced), (SCRATCH, reduced)),
+        f"multi {reduced}, scratch {full}": ((MULTI, reduced), (SCRATCH, full)),
+        f"multi {reduced}, scratch {reduced}": ((MULTI, reduced), (SCRATCH, reduced)),
+    }
+
+
+def _retrained_section(rows: Sequence[Row], design: WarmStartStudy) -> list[str]:
     lines = [
         "## Retrained networks",
-        "Test accuracy of networks made of the cells that were found, nearest source less scratch, "
-        "in points. Budgets are epochs of the search; the training is the same.",
+        "Test accuracy of networks made of the cells that were found, warm less scratch, in "
+        "points. Numbers are epochs of the search; the training is the same.",
         "",
-        "| budget of the search | pairs | scratch | warm | difference | p | positive transfers "
-        "(95%) | ties |",
+        "| searches | pairs | scratch | warm | difference | p | positive transfers (95%) | ties |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for title, (warm, scratch) in RETRAINED.items():
+    for title, (warm, scratch) in _compared(design).items():
         pairs = _tested(rows, warm, scratch)
         if not pairs:
             continue
@@ -170,19 +221,39 @@ def _retrained_section(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _distance_section(found: Sequence[Race]) -> list[str]:
-    over_all, within = distance_correlation(found)
-    return [
+def _gains(rows: Sequence[Row], start: str, design: WarmStartStudy) -> list[tuple[Row, float]]:
+    return gains(rows, start, design.reduced_epochs, design.full_epochs)
+
+
+def _distance_section(
+    rows: Sequence[Row], found: Sequence[Race], design: WarmStartStudy
+) -> list[str]:
+    reduced = design.reduced_epochs
+    lines = [
         "## Distance",
-        f"Spearman's correlation of distance and speed-up over the races from a single source: "
-        f"{_number(over_all)}; mean of the correlations among the three sources of the same "
-        f"target, method and seed: {_number(within)}. Negative means that nearer is faster.",
+        "Spearman's correlation with the distance of the source: over all searches from a single "
+        "source, and the mean of those among the three sources of the same target, method and "
+        "seed. Negative means that nearer is better.",
+        "",
+        "| distance with | searches | over all | within |",
+        "|---|---|---|---|",
     ]
+    speed = [(race.warm[0], race.speed_up) for race in found if race.start in SINGLE]
+    gained = [pair for start in SINGLE for pair in _gains(rows, start, design)]
+    for title, worth in (
+        ("speed-up", speed),
+        (f"accuracy after {reduced} epochs less the goal", gained),
+    ):
+        over_all, within = distance_correlation(worth)
+        lines.append(f"| {title} | {len(worth)} | {_number(over_all)} | {_number(within)} |")
+    return lines
 
 
-def _pictures(rows: Sequence[Row], found: Sequence[Race]) -> Iterator[tuple[str, Figure]]:
+def _pictures(
+    rows: Sequence[Row], found: Sequence[Race], design: WarmStartStudy
+) -> Iterator[tuple[str, Figure]]:
     """Those that there are rows for."""
-    by_start = {start: [r for r in found if r.warm.start == start] for start in WARM}
+    by_start = {start: [r for r in found if r.start == start] for start in WARM}
     ran = {start: own for start, own in by_start.items() if own}
     if ran:
         yield (
@@ -191,33 +262,41 @@ def _pictures(rows: Sequence[Row], found: Sequence[Race]) -> Iterator[tuple[str,
                 {start: sorted(race.speed_up for race in own) for start, own in ran.items()}
             ),
         )
-        if curves := _curves(rows, [SCRATCH, *ran]):
+        if curves := _curves(ran):
             yield "curves.png", draw_mean_curves(curves)
-    single = {start: own for start, own in ran.items() if start in SINGLE}
-    if single:
-        points = {
-            start: [(race.warm.distance, race.speed_up) for race in own]
-            for start, own in single.items()
+    points = {start: own for start in SINGLE if (own := _gains(rows, start, design))}
+    if points:
+        dots = {
+            start: [(row.distance, 100 * gain) for row, gain in own]
+            for start, own in points.items()
         }
-        yield "distance.png", draw_distance_effect(points)
-    tested = {title: _tested(rows, *both) for title, both in RETRAINED.items()}
+        yield "distance.png", draw_distance_effect(dots, design.reduced_epochs)
+    tested = {title: _tested(rows, *both) for title, both in _compared(design).items()}
     if any(tested.values()):
         yield "retrained.png", draw_pairs({title: own for title, own in tested.items() if own})
 
 
-def _curves(rows: Sequence[Row], starts: Sequence[str]) -> dict[str, list[tuple[float, ...]]]:
-    """Of the targets, methods and seeds that all ``starts`` have."""
-    full = [row for row in rows if row.budget == FULL]
-    common = set.intersection(*({r.block for r in full if r.start == s} for s in starts))
+def _curves(ran: Mapping[str, Sequence[Race]]) -> dict[str, dict[int, list[float]]]:
+    """Accuracies by epoch from scratch, final ones by budget of warm searches; of common blocks."""
+    common = set.intersection(*({race.scratch.block for race in own} for own in ran.values()))
+    if not common:
+        return {}
+    first = next(iter(ran.values()))
+    scratch = [race.scratch for race in first if race.scratch.block in common]
     curves = {
-        start: [r.accuracies for r in full if r.start == start and r.block in common]
-        for start in starts
+        SCRATCH: {e + 1: [r.accuracies[e] for r in scratch] for e in range(scratch[0].epochs)}
     }
-    return curves if common else {}
+    for start, own in ran.items():
+        kept = [race for race in own if race.scratch.block in common]
+        curves[start] = {
+            row.epochs: [race.warm[place].final_accuracy for race in kept]
+            for place, row in enumerate(kept[0].warm)
+        }
+    return curves
 
 
 def _tested(
-    rows: Sequence[Row], warm: tuple[str, str], scratch: tuple[str, str]
+    rows: Sequence[Row], warm: tuple[str, int], scratch: tuple[str, int]
 ) -> list[tuple[float, float]]:
     """(scratch, warm) test accuracies."""
     return [

@@ -34,6 +34,7 @@ from nas.optimisation import (
     with_prefix,
     without_prefix,
 )
+from nas.search.classifier import fit_heads
 from nas.search.collapse import collapse_metrics
 from nas.search.method import Method, SearchConfig
 from nas.search.replay import Capture, Replayed, capture_graph
@@ -52,6 +53,10 @@ class Start(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """JSON-able: what tells this beginning from others."""
+
+    @property
+    def fits_classifier(self) -> bool:
+        """Whether the new classifier is fitted to the features of ``target`` before all else."""
 
     def apply(self, target: Supernet) -> None:
         """Overwrite what the fresh ``target`` is to begin with."""
@@ -128,6 +133,7 @@ class BilevelSearch(ResumableLoop[Pair]):
         self._space, self._backend, self._storage = space, backend, storage
         self._graphs = cuda_graphs == "auto" and method.capturable
         self.heads: tuple[slice | None, slice | None] = (None, None)  # of the batches at hand
+        self._fits_classifier = start is not None and start.fits_classifier
         self._begin(0, start)
         self.mixing_history: list[Tensor] = []
         self.genotype_digest = torch.zeros(32, dtype=torch.uint8)  # of the epoch before
@@ -244,6 +250,9 @@ class BilevelSearch(ResumableLoop[Pair]):
         """Pairs of a training and a validation batch."""
         set_learning_rate(self.weight_optimiser, self.learning_rate)
         self.supernet.train()
+        if self._fits_classifier and self.epoch == self.batch == 0:  # in the first epoch's seconds
+            mixing = self.method.mixing(self.supernet).detach()
+            fit_heads(self.supernet, mixing, self.sources.beginnings())
         return self.sources.pairs(self.epoch, self.batch)
 
     def step(self, item: Pair) -> int:

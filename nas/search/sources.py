@@ -136,6 +136,13 @@ class Sources:
         """For every set, the batches that it is evaluated on."""
         return [self._evaluation(number) for number in range(len(self.each))]
 
+    def beginnings(self) -> list[Iterator[Batch]]:
+        """For every set, the batches of its training half in the first pass."""
+        return [self._beginning(number) for number in range(len(self.each))]
+
+    def _beginning(self, number: int) -> Iterator[Batch]:
+        return (self._fitted(number, batch) for batch in self.each[number].train.epoch())
+
     def _evaluation(self, number: int) -> Iterator[Batch]:
         return (self._fitted(number, batch) for batch in self.each[number].evaluation.epoch())
 

@@ -13,16 +13,7 @@ import numpy as np
 from nas.errors import DataError
 from nas.spaces.darts import Genotype
 from nas.statistics import Interval, proportion_interval, spearman
-from nas.study.warm_start import (
-    FARTHEST,
-    FULL,
-    NEAREST,
-    RANDOM,
-    SCRATCH,
-    Cell,
-    Outcome,
-    WarmStartStudy,
-)
+from nas.study.warm_start import SCRATCH, Cell, Outcome, WarmStartStudy
 
 STUDY = "study"  # the column by which rows of other settings are recognised
 _SERIES = ("accuracies", "seconds")  # numbers of each epoch, separated by spaces
@@ -42,12 +33,13 @@ class Row:
     method: str
     seed: int
     start: str
-    budget: str
+    epochs: int
     source: str
     distance: float
     final_accuracy: float
     accuracies: tuple[float, ...]
     seconds: tuple[float, ...]
+    processor_seconds: float
     test_accuracy: float
     train_seconds: float
     genotype: str  # JSON
@@ -56,7 +48,7 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         """Names the cell."""
-        return self.target, self.method, str(self.seed), self.start, self.budget
+        return self.target, self.method, str(self.seed), self.start, str(self.epochs)
 
     @property
     def block(self) -> tuple[str, str, int]:
@@ -69,8 +61,8 @@ class Row:
         tested = "" if math.isnan(self.test_accuracy) else f", tested {self.test_accuracy:.1%}"
         began = f" from {self.source} at {self.distance:.2f}" if self.source else ""
         return (
-            f"{self.final_accuracy:.1%} after {len(self.accuracies)} epochs and "
-            f"{sum(self.seconds):.0f} s{began}{tested}"
+            f"{self.final_accuracy:.1%} after {self.epochs} epochs and "
+            f"{self.processor_seconds:.0f} s of a processor{began}{tested}"
         )
 
     @staticmethod
@@ -82,12 +74,13 @@ class Row:
             method=cell.method,
             seed=cell.seed,
             start=cell.start,
-            budget=cell.budget,
+            epochs=cell.epochs,
             source="+".join(outcome.sources),
             distance=outcome.distance,
             final_accuracy=outcome.accuracies[-1],
             accuracies=outcome.accuracies,
             seconds=outcome.seconds,
+            processor_seconds=outcome.processor_seconds,
             test_accuracy=outcome.test_accuracy,
             train_seconds=outcome.train_seconds,
             genotype=json.dumps(outcome.genotype.to_json(), separators=(",", ":")),
@@ -134,67 +127,86 @@ def _text(name: str, value: object) -> str:
 
 @dataclass(frozen=True)
 class Race:
-    """A search with a warm start beside the one from scratch of the same target, method and seed.
+    """Searches with a warm start beside the one from scratch of the same target, method and seed.
 
     Attributes:
-        goal: the validation accuracy that the search from scratch ended with.
-        scratch_epochs, warm_epochs: until each had reached the goal for the first time; the second
-            is None where it never did.
-        scratch_seconds, warm_seconds: likewise.
+        scratch: the whole search from scratch.
+        warm: searches with one kind of warm start, from the shortest budget to the longest.
     """
 
-    warm: Row
     scratch: Row
-    goal: float
-    scratch_epochs: int
-    warm_epochs: int | None
+    warm: tuple[Row, ...]
+
+    @property
+    def start(self) -> str:
+        """The kind of warm start."""
+        return self.warm[0].start
+
+    @property
+    def goal(self) -> float:
+        """The validation accuracy that the search from scratch ends with."""
+        return self.scratch.final_accuracy
+
+    @property
+    def winner(self) -> Row | None:
+        """The shortest warm search that ends with the goal or more; None where none does."""
+        return next((row for row in self.warm if row.final_accuracy >= self.goal), None)
 
     @property
     def speed_up(self) -> float:
-        """Epochs from scratch over epochs with the warm start; 0 where it never reached the goal.
+        """Epochs of the search from scratch over those of the winner; 0 without one.
 
         0 keeps medians and ranks right, as long as less than half of the races are such.
         """
-        return self.scratch_epochs / self.warm_epochs if self.warm_epochs else 0.0
+        return self._over(self.scratch.epochs)
+
+    @property
+    def speed_up_from_first_touch(self) -> float:
+        """The same, had the search from scratch ended when it first had the goal.
+
+        It could not have known: its learning rate was still to fall. A lower bound.
+        """
+        return self._over(self.first_touch)
+
+    @property
+    def first_touch(self) -> int:
+        """Epochs after which the search from scratch had the goal for the first time."""
+        accuracies = enumerate(self.scratch.accuracies, start=1)
+        return next(epoch for epoch, accuracy in accuracies if accuracy >= self.goal)
 
     @property
     def speed_up_in_seconds(self) -> float:
-        """The same of seconds, as they were on that machine."""
-        if self.warm_epochs is None:
+        """The same as ``speed_up`` in seconds of a processor; 0 without a winner."""
+        if self.winner is None:
             return 0.0
-        warm = sum(self.warm.seconds[: self.warm_epochs])
-        return sum(self.scratch.seconds[: self.scratch_epochs]) / warm
+        return self.scratch.processor_seconds / self.winner.processor_seconds
+
+    def _over(self, epochs: int) -> float:
+        return epochs / self.winner.epochs if self.winner else 0.0
 
 
-def epochs_until(accuracies: Sequence[float], goal: float) -> int | None:
-    """The first epoch, from 1, after which ``goal`` was reached; None where it never was."""
-    for epoch, accuracy in enumerate(accuracies, start=1):
-        if accuracy >= goal:
-            return epoch
-    return None
+def races(rows: Sequence[Row], budgets: Sequence[int], full_epochs: int) -> list[Race]:
+    """Every warm start whose search from scratch and whose searches of all ``budgets`` are there.
 
-
-def races(rows: Sequence[Row]) -> list[Race]:
-    """Every warm start at full budget whose search from scratch is there, too."""
-    scratch = {row.block: row for row in rows if row.start == SCRATCH and row.budget == FULL}
+    Args:
+        full_epochs: of the search from scratch.
+    """
+    by_key = {(row.block, row.start, row.epochs): row for row in rows}
     found = []
-    for row in rows:
-        if row.start == SCRATCH or row.budget != FULL or row.block not in scratch:
-            continue
-        own = scratch[row.block]
-        goal = own.accuracies[-1]
-        reached = epochs_until(own.accuracies, goal)
-        assert reached is not None  # at its last epoch at the latest
-        found.append(Race(row, own, goal, reached, epochs_until(row.accuracies, goal)))
+    for block, start in dict.fromkeys((row.block, row.start) for row in rows):
+        own = by_key.get((block, SCRATCH, full_epochs))
+        warm = tuple(by_key[block, start, e] for e in budgets if (block, start, e) in by_key)
+        if start != SCRATCH and own is not None and len(warm) == len(budgets):
+            found.append(Race(own, warm))
     return found
 
 
 def matched(
-    rows: Sequence[Row], first: tuple[str, str], second: tuple[str, str]
+    rows: Sequence[Row], first: tuple[str, int], second: tuple[str, int]
 ) -> list[tuple[Row, Row]]:
-    """Rows of two (start, budget) with the same target, method and seed, side by side."""
-    own = {row.block: row for row in rows if (row.start, row.budget) == first}
-    other = {row.block: row for row in rows if (row.start, row.budget) == second}
+    """Rows of two (start, epochs) with the same target, method and seed, side by side."""
+    own = {row.block: row for row in rows if (row.start, row.epochs) == first}
+    other = {row.block: row for row in rows if (row.start, row.epochs) == second}
     return [(row, other[block]) for block, row in own.items() if block in other]
 
 
@@ -214,8 +226,9 @@ class SpeedUps:
         races: number of them; ``reached`` of them got to the goal at all.
         quartiles: of the speed-up in epochs, lower, median and upper.
         lowest, highest: of the same.
-        in_seconds: median speed-up in seconds.
-        faster: share with a speed-up above 1, with Wilson's 95% interval.
+        in_seconds: median speed-up in seconds of a processor.
+        from_first_touch: median of the lower bound in epochs.
+        fourfold: share with a speed-up of at least 4, with Wilson's 95% interval.
     """
 
     races: int
@@ -224,7 +237,8 @@ class SpeedUps:
     lowest: float
     highest: float
     in_seconds: float
-    faster: Interval
+    from_first_touch: float
+    fourfold: Interval
 
 
 def speed_ups(found: Sequence[Race]) -> SpeedUps:
@@ -232,33 +246,44 @@ def speed_ups(found: Sequence[Race]) -> SpeedUps:
     values = [race.speed_up for race in found]
     return SpeedUps(
         races=len(found),
-        reached=sum(race.warm_epochs is not None for race in found),
+        reached=sum(race.winner is not None for race in found),
         quartiles=quartiles(values),
         lowest=min(values),
         highest=max(values),
         in_seconds=quartiles([race.speed_up_in_seconds for race in found])[1],
-        faster=proportion_interval(sum(value > 1 for value in values), len(values)),
+        from_first_touch=quartiles([race.speed_up_from_first_touch for race in found])[1],
+        fourfold=proportion_interval(sum(value >= 4 for value in values), len(values)),
     )
 
 
-def distance_correlation(found: Sequence[Race]) -> tuple[float, float]:
-    """Spearman's correlation of distance with speed-up: over all races, and within blocks.
+def gains(
+    rows: Sequence[Row], start: str, epochs: int, full_epochs: int
+) -> list[tuple[Row, float]]:
+    """Warm searches of that start and length; final accuracy less that of the one from scratch."""
+    return [
+        (warm, warm.final_accuracy - scratch.final_accuracy)
+        for warm, scratch in matched(rows, (start, epochs), (SCRATCH, full_epochs))
+    ]
+
+
+def distance_correlation(worth: Sequence[tuple[Row, float]]) -> tuple[float, float]:
+    """Spearman's correlation of distance with what it was worth: over all, and within blocks.
 
     The second is the mean over targets, methods and seeds of the correlation among their own
-    sources: a target that is far from everything cannot feign it. Races from one source only; nan
-    where there are too few.
+    sources: a target that is far from everything cannot feign it. nan where there are too few.
+
+    Args:
+        worth: warm searches from a single source, each with a number.
     """
-    single = [race for race in found if race.warm.start in (NEAREST, RANDOM, FARTHEST)]
-    if len(single) < 3:
-        return math.nan, math.nan
-    over_all = spearman([r.warm.distance for r in single], [r.speed_up for r in single])
-    blocks: dict[tuple[str, str, int], list[Race]] = {}
-    for race in single:
-        blocks.setdefault(race.warm.block, []).append(race)
-    within = [
-        spearman([r.warm.distance for r in block], [r.speed_up for r in block])
-        for block in blocks.values()
-        if len(block) == 3
-    ]
+
+    def correlation(some: Sequence[tuple[Row, float]]) -> float:
+        if len(some) < 3:
+            return math.nan
+        return spearman([row.distance for row, _ in some], [value for _, value in some])
+
+    blocks: dict[tuple[str, str, int], list[tuple[Row, float]]] = {}
+    for row, value in worth:
+        blocks.setdefault(row.block, []).append((row, value))
+    within = [correlation(block) for block in blocks.values()]
     known = [value for value in within if not math.isnan(value)]
-    return over_all, fmean(known) if known else math.nan
+    return correlation(worth), fmean(known) if known else math.nan

@@ -24,7 +24,6 @@ from nas.transfer.zoo import image_hashes
 
 EVEN, ODD = HALVES = ("even", "odd")  # of a family's classes in the order of their names
 PLAIN, INVERTED, TURNED = CHANGES = ("plain", "inverted", "turned")
-TEST_FRACTION = 0.4  # the test split costs little, and small ones drown differences
 
 
 @dataclass(frozen=True)
@@ -51,37 +50,49 @@ class Domain:
         return "-".join([self.family, self.half, *([self.change] if self.change != PLAIN else [])])
 
 
-class Domains:
-    """Reads domains; a family is read once.
+class Families:
+    """Reads families of images, each once.
 
     Args:
         root: where the archives lie; families that came with a package need none.
-        side: pixels a side that all images are scaled to.
-        limit: images of a domain at most, over all splits.
     """
 
-    def __init__(self, root: Path, side: int, limit: int) -> None:
-        self._root, self._side, self._limit = root, side, limit
-        self._families: dict[str, RawSet] = {}
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._known: dict[str, RawSet] = {}
+
+    def __getitem__(self, name: str) -> RawSet:
+        if name not in self._known:
+            read = read_archive if name in ARCHIVES else read_raw
+            self._known[name] = without_repeats(read(name, self._root))
+        return self._known[name]
+
+
+class Domains:
+    """Domains of one size, made when they are first asked for.
+
+    Args:
+        side: pixels a side that all images are scaled to.
+        limit: images of a domain at most, over all splits.
+        test_fraction: share of them in the test split.
+    """
+
+    def __init__(self, families: Families, side: int, limit: int, test_fraction: float) -> None:
+        self._families, self._side = families, side
+        self._limit, self._test_fraction = limit, test_fraction
         self._known: dict[Domain, KnownDomain] = {}
 
     def __getitem__(self, domain: Domain) -> KnownDomain:
         if domain not in self._known:
             task = task_of(
                 domain.name,
-                half_of(self._family(domain.family), domain),
+                half_of(self._families[domain.family], domain),
                 image_size=self._side,
-                test_fraction=TEST_FRACTION,
+                test_fraction=self._test_fraction,
                 limit=self._limit,
             )
             self._known[domain] = KnownDomain(task)
         return self._known[domain]
-
-    def _family(self, name: str) -> RawSet:
-        if name not in self._families:
-            read = read_archive if name in ARCHIVES else read_raw
-            self._families[name] = without_repeats(read(name, self._root))
-        return self._families[name]
 
 
 @dataclass(frozen=True, eq=False)

@@ -106,10 +106,21 @@ class WarmStart:
 
     def identity(self) -> dict[str, Any]:
         """What tells this beginning from others."""
-        return {"source": self.digest, **asdict(self.options)}
+        return {
+            "source": self.digest,
+            "fits_classifier": self.fits_classifier,
+            **asdict(self.options),
+        }
+
+    @property
+    def fits_classifier(self) -> bool:
+        """Where the trunk moves, its features are worth a classifier fitted to them."""
+        return self.options.what in (WEIGHTS, BOTH)
 
     def apply(self, target: WeightSharing) -> None:
         """Overwrite ``target``, fresh from its seed, by what moves; the classifier stays new.
+
+        Where weights moved, the search fits it to their features: ``fits_classifier``.
 
         Raises:
             CheckpointError: the two supernets differ in more than their task, or the source has

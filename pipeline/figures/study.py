@@ -36,7 +36,7 @@ def draw_speed_ups(groups: Mapping[str, Sequence[float]]) -> Figure:
     figure, (axes,) = new_figure(1.9 + 0.8 * len(groups))
     quiet(
         axes,
-        "how much sooner the search from scratch is caught up with",
+        "how much shorter a search may be that ends no lower than one from scratch",
         x=f"speed-up in epochs ({_NEVER}); the bar is the median",
     )
     axes.grid(visible=False, axis="y")
@@ -52,36 +52,44 @@ def draw_speed_ups(groups: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def draw_distance_effect(points: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
-    """(distance, speed-up) of the races of each group."""
+def draw_distance_effect(
+    points: Mapping[str, Sequence[tuple[float, float]]], epochs: int
+) -> Figure:
+    """(distance, gain in points after ``epochs``) of the races of each group."""
     figure, (axes,) = new_figure(5.6)
     quiet(
         axes,
-        "speed-up by distance of the source",
+        f"{epochs} epochs with a warm start less the whole search from scratch",
         x="OTDD of pixels, target to source",
-        y=f"speed-up in epochs ({_NEVER})",
+        y="validation accuracy, points",
     )
     for name, pairs in points.items():
-        distances, speed_ups = zip(*pairs, strict=True)
+        distances, gains = zip(*pairs, strict=True)
         colour = _COLOURS.get(name, PURPLE)
-        axes.scatter(distances, speed_ups, s=34, color=colour, alpha=0.7, linewidth=0, label=name)
-    axes.axhline(1, color=BLACK, linewidth=1, linestyle="--")
+        axes.scatter(distances, gains, s=34, color=colour, alpha=0.7, linewidth=0, label=name)
+    axes.axhline(0, color=BLACK, linewidth=1, linestyle="--")
     figure.legend(loc="outside upper right", ncols=5, frameon=False)
     return figure
 
 
-def draw_mean_curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
-    """Validation accuracy (0..1) by epoch, the mean over the searches of each group.
+def draw_mean_curves(curves: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
+    """Mean validation accuracy (0..1) of each group by epoch, or by budget where few are known.
 
     All groups must be of the same targets, methods and seeds, or their means differ by those.
     """
     figure, (axes,) = new_figure(5.6)
-    searches = len(next(iter(curves.values())))
-    quiet(axes, f"validation accuracy of {searches} supernets of each kind", y="mean top-1 (%)")
+    searches = len(next(iter(next(iter(curves.values())).values())))
+    quiet(
+        axes,
+        f"validation accuracy of {searches} supernets of each kind: scratch as it goes, the others "
+        "at their end",
+        y="mean top-1 (%)",
+    )
     for name, group in curves.items():
-        means = 100 * np.asarray(group, dtype=np.float64).mean(axis=0)
-        epochs = np.arange(1, len(means) + 1)
-        axes.plot(epochs, means, color=_COLOURS.get(name, PURPLE), linewidth=2, label=name)
+        means = [100 * float(np.mean(values)) for values in group.values()]
+        dots = "" if name == "scratch" else "o"
+        colour = _COLOURS.get(name, PURPLE)
+        axes.plot(list(group), means, color=colour, marker=dots, linewidth=2, label=name)
     count_epochs(axes)
     figure.legend(loc="outside upper right", ncols=5, frameon=False)
     return figure

@@ -36,10 +36,13 @@ def tiny(seeds: int = 1) -> WarmStartStudy:
         targets=(Domain("digits", EVEN),),
         sources=tuple(Domain(family, ODD) for family in ("digits", "mnist5k", "animals")),
         searches=((name, config),),
+        budgets=(1,),
         reduced_epochs=1,
+        limit=120,
+        source_limit=150,
+        source_epochs=1,
         multi_epochs=1,
         side=8,
-        limit=120,
         training=replace(full.training, epochs=1, batch_size=16),
     )
 
@@ -48,13 +51,35 @@ class TestDesign:
     def test_every_prefix_of_whole_rounds_is_balanced(self) -> None:
         design = warm_start_preset(seeds=3)
         cells, targets = design.cells(), len(design.targets)
-        assert len(cells) == len(set(cells)) == 3 * 2 * 7 * targets
+        rounds = 2 + 4 * len(design.budgets) + 1  # scratch twice, four starts, nearest at full
+        assert len(cells) == len(set(cells)) == 3 * 2 * rounds * targets
         for first in range(0, len(cells), targets):
             part = cells[first : first + targets]
             assert {cell.target for cell in part} == set(design.targets)
-            assert len({(c.method, c.seed, c.start, c.budget) for c in part}) == 1
-        assert {cell.start for cell in cells[: 5 * targets]} == set(STARTS)
-        assert {(cell.method, cell.seed) for cell in cells[: 7 * targets]} == {("pcdarts", 0)}
+            assert len({(c.method, c.seed, c.start, c.epochs) for c in part}) == 1
+        assert {cell.start for cell in cells[: rounds * targets]} == set(STARTS)
+        assert {(cell.method, cell.seed) for cell in cells[: rounds * targets]} == {("pcdarts", 0)}
+
+    def test_a_fourfold_speed_up_is_among_the_budgets(self) -> None:
+        design = warm_start_preset(seeds=1)
+        assert design.full_epochs / design.reduced_epochs == 4
+        trained = {(c.start, c.epochs) for c in design.cells() if design.is_trained(c)}
+        assert trained == {
+            ("scratch", 12),
+            ("scratch", 3),
+            ("nearest", 12),
+            ("nearest", 3),
+            ("multi", 3),
+        }
+
+    @pytest.mark.parametrize("budgets", [(2, 1), (1, 1), (3,), ()])
+    def test_budgets(self, budgets: tuple[int, ...]) -> None:
+        with pytest.raises(ConfigurationError, match="the budgets of its warm ones rise"):
+            replace(tiny(), budgets=budgets)
+
+    def test_a_warm_search_is_shorter(self) -> None:
+        with pytest.raises(ConfigurationError, match="2 epochs is not shorter than one from scra"):
+            replace(tiny(), budgets=(1, 2))
 
     def test_targets_and_sources_share_no_class(self) -> None:
         design = warm_start_preset(seeds=1)
@@ -126,7 +151,7 @@ class TestRun:
         self.check_runs()
 
     def check_rows(self, rows: list[dict[str, str]]) -> None:
-        by_start = {row["start"]: row for row in rows if row["budget"] == "full"}
+        by_start = {row["start"]: row for row in rows}
         sources = {start: row["source"] for start, row in by_start.items()}
         assert sources.pop("scratch") == ""
         multi = sources.pop("multi")
@@ -135,9 +160,20 @@ class TestRun:
         distances = [float(by_start[s]["distance"]) for s in ("nearest", "random", "farthest")]
         assert distances == sorted(distances)
         for row in rows:
-            epochs = {"full": 2, "reduced": 1}[row["budget"]]
+            epochs = int(row["epochs"])
             assert len(row["accuracies"].split()) == len(row["seconds"].split()) == epochs
-            assert bool(row["test_accuracy"]) == (row["start"] in ("scratch", "nearest"))
+            assert 0 < float(row["processor_seconds"]) < 60
+            trained = row["start"] in ("scratch", "nearest", "multi")
+            assert bool(row["test_accuracy"]) == trained
+        assert sorted((row["start"], row["epochs"]) for row in rows) == [
+            ("farthest", "1"),
+            ("multi", "1"),
+            ("nearest", "1"),
+            ("nearest", "2"),
+            ("random", "1"),
+            ("scratch", "1"),
+            ("scratch", "2"),
+        ]
 
     def check_runs(self) -> None:
         client = MlflowClient()

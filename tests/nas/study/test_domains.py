@@ -9,7 +9,17 @@ import torch
 
 from nas.data.task import RawSet
 from nas.errors import UnknownNameError
-from nas.study.domains import EVEN, INVERTED, ODD, TURNED, Domain, Domains, half_of, without_repeats
+from nas.study.domains import (
+    EVEN,
+    INVERTED,
+    ODD,
+    TURNED,
+    Domain,
+    Domains,
+    Families,
+    half_of,
+    without_repeats,
+)
 from nas.transfer.zoo import overlap
 
 
@@ -47,7 +57,7 @@ def test_changes() -> None:
 
 
 def test_real_halves_share_nothing(tmp_path: Path) -> None:
-    domains = Domains(tmp_path, side=8, limit=120)
+    domains = Domains(Families(tmp_path), side=8, limit=120, test_fraction=0.4)
     even, odd = (domains[Domain("digits", half)] for half in (EVEN, ODD))
     assert even.task.classes == ("0", "2", "4", "6", "8")
     assert overlap(even.hashes, odd.hashes) == 0
