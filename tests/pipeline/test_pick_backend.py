@@ -142,3 +142,19 @@ def test_storage_is_tagged_and_searches_for_itself_alone(
     assert [run.data.tags["storage"] for run in steps(workplace)] == ["float32", "bfloat16"]
     assert main([*SEARCH, "eager", "--storage", "bfloat16"]) == 0
     assert "reusing search on digits" in capsys.readouterr().out
+
+
+def test_what_comes_of_asking_for_graphs_is_said_and_tagged(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SEARCH, "eager", "--cuda-graphs", "auto"]) == 0
+    said = re.findall("^CUDA graphs: .*$", capsys.readouterr().out, re.MULTILINE)
+    assert said == ["CUDA graphs: off (the search runs on the cpu)"]
+    (step,) = steps(workplace)
+    assert step.data.tags["cuda_graphs"] == "off"
+
+    # They change no result: the search is not run again for them, and off is not worth a word.
+    assert main([*SEARCH, "eager", "--cuda-graphs", "off"]) == 0
+    shown = capsys.readouterr().out
+    assert "reusing search on digits" in shown
+    assert "CUDA graphs" not in shown

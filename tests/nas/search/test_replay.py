@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from nas.data import ImageTask
-from nas.errors import ConfigurationError
+from nas.errors import UnknownNameError
 from nas.search import METHODS
 from nas.search.bilevel import BilevelSearch
 from nas.search.method import SearchConfig
-from nas.search.replay import WARMUPS, Replayed
+from nas.search.replay import WARMUPS, Replayed, choose_graphs
 from nas.spaces.darts.supernet import SupernetConfig
 
 Outputs = tuple[Tensor, ...]
@@ -87,8 +87,38 @@ def test_a_search_that_replays_ends_with_the_same_bits(few_digits: ImageTask, me
     )
 
 
+@pytest.mark.parametrize(
+    ("wanted", "device", "backend", "method", "reason"),
+    [
+        ("auto", "cuda:1", "native", "darts", None),
+        ("auto", "cuda", "native", "pcdarts", None),
+        ("off", "cuda", "native", "darts", "as asked for"),
+        ("auto", "cpu", "native", "darts", "the search runs on the cpu"),
+        ("auto", "cuda", "eager", "darts", "the kernels are eager"),
+        ("auto", "cuda", "native", "pdarts", "the steps of 'pdarts' cannot be captured"),
+        ("auto", "cuda", "native", "darts-2nd", "the steps of 'darts-2nd' cannot be captured"),
+    ],
+)
+def test_graphs_are_used_where_they_can_be_and_else_it_says_why(
+    wanted: str, device: str, backend: str, method: str, reason: str | None
+) -> None:
+    graphs = choose_graphs(wanted, torch.device(device), backend, METHODS[method])
+    assert graphs.used == (reason is None)
+    assert reason is None or graphs.reason == reason
+
+
 def test_unknown_wish_is_refused(few_digits: ImageTask) -> None:
-    with pytest.raises(ConfigurationError, match="cuda_graphs is 'auto' or 'off', not 'on'"):
+    with pytest.raises(
+        UnknownNameError, match="unknown choice of CUDA graphs 'on': known are auto, off"
+    ):
         BilevelSearch(
             few_digits, METHODS["darts"], SearchConfig(), seed=0, device=CPU, cuda_graphs="on"
         )
+
+
+def test_a_search_on_the_cpu_captures_nothing(few_digits: ImageTask) -> None:
+    made = BilevelSearch(
+        few_digits, METHODS["darts"], SearchConfig(), seed=0, device=CPU, cuda_graphs="auto"
+    )
+    assert not made.graphs.used
+    assert made.weights_replayed is None
