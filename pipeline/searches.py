@@ -131,10 +131,8 @@ def search_step(
             sampling=sampling,
             cuda_graphs=job.machine.cuda_graphs,
         )
-        graphs = "on" if search.graphs.used else "off"
-        step.log.set_tags({"cuda_graphs": graphs})
-        if job.machine.cuda_graphs != OFF:
-            say(f"CUDA graphs: {graphs} ({search.graphs.reason})")
+        step.log.set_tags({"cuda_graphs": "on" if search.graphs.used else "off"})
+        say_choices(search, job.machine)
         with watched(title, step.log) as observer:
             result = search.run(step.checkpoint, observer)
         return _keep(step, tasks, method, seed, result)
@@ -179,6 +177,16 @@ def search_step(
         epochs = config.epochs * len(config.stages)
         say(f"{title} ended after {found.epochs} of {epochs} epochs: {found.stopped}")
     return found
+
+
+def say_choices(search: BilevelSearch, machine: Machine) -> None:
+    """Say what ``search`` made of its device, where there was anything to choose."""
+    if search.device.type != "cpu":
+        for source in search.sources.each:
+            say(f"images of {source.name}: {source.train.place}")
+    if machine.cuda_graphs != OFF:
+        graphs = search.graphs
+        say(f"CUDA graphs: {'on' if graphs.used else 'off'} ({graphs.reason})")
 
 
 def _kernels(backend: Backend) -> dict[str, str]:

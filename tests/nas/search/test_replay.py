@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
+from device_copies import META, DeviceCopies
 from torch import Tensor
 
-from nas.data import ImageTask
+from nas.data import ImageTask, batches
 from nas.errors import UnknownNameError
 from nas.search import METHODS
 from nas.search.bilevel import BilevelSearch
 from nas.search.method import SearchConfig
 from nas.search.replay import WARMUPS, Replayed, choose_graphs
-from nas.spaces.darts.supernet import SupernetConfig
+from nas.spaces.darts.supernet import Mixing, SupernetConfig
 
 Outputs = tuple[Tensor, ...]
 CPU = torch.device("cpu")
@@ -59,14 +61,16 @@ def test_a_kind_is_captured_once_and_another_anew() -> None:
     assert len(seen) == calls  # a step is never run twice, nor left out
 
 
-def search(task: ImageTask, recorder: Recorder | None, method: str) -> BilevelSearch:
+def search(
+    task: ImageTask, recorder: Recorder | None, method: str, device: torch.device = CPU
+) -> BilevelSearch:
     partial = 2 if method == "pcdarts" else 1
     config = SearchConfig(
         supernet=SupernetConfig(4, 3, partial, edge_normalisation=partial > 1),
         epochs=2,
         batch_size=16,
     )
-    made = BilevelSearch(task, METHODS[method], config, seed=0, device=CPU, backend="eager")
+    made = BilevelSearch(task, METHODS[method], config, seed=0, device=device, backend="eager")
     if recorder is not None:
         made.capture_steps(recorder)
     return made
@@ -105,6 +109,23 @@ def test_graphs_are_used_where_they_can_be_and_else_it_says_why(
     graphs = choose_graphs(wanted, torch.device(device), backend, METHODS[method])
     assert graphs.used == (reason is None)
     assert reason is None or graphs.reason == reason
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].capturable])
+def test_a_step_that_is_captured_neither_waits_nor_copies_from_the_cpu(
+    few_digits: ImageTask, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "free_memory", lambda _: 2**40)
+    monkeypatch.setattr(Mixing, "live", lambda mixing: mixing.active)  # as while it is captured
+    made = search(few_digits, None, method, META)
+    train, validation = next(made.batches())
+    step = (train.images, train.labels, validation.images, validation.labels)
+    for watched in (None, DeviceCopies()):  # the first steps make the optimisers' state
+        with watched or nullcontext():
+            made._move_architecture(*step)
+            made._move_weights(*step[:2])
+    assert watched is not None
+    assert watched.copies == 0
 
 
 def test_unknown_wish_is_refused(few_digits: ImageTask) -> None:
