@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_tests() -> int:
     """The tests on this GPU, then a small step under the sanitizers; not 0 is a failure."""
-    failed = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", *TESTS]).returncode
+    failed = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS]).returncode
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         print("compute-sanitizer is not here: memcheck and racecheck are left out")

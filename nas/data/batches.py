@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,7 +20,7 @@ from nas.data.augment import (
     resized_crop,
     shift_and_flip,
 )
-from nas.data.files import FileImages, fit, to_tensor
+from nas.data.files import FileImages, fit, stretch, to_tensor
 from nas.data.task import ImageStore, ImageTask
 from nas.errors import ConfigurationError, DataError
 from nas.hardware import free_memory, to_device
@@ -239,7 +238,7 @@ class _Decoding(Dataset):
         rng = generator(self._seed, self._crop_stream, "crop", self._epoch, place)
         top, left, tall, wide = crop_boxes(1, image.height, image.width, rng)[0].tolist()
         box = (left, top, left + wide, top + tall)
-        return to_tensor(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
+        return to_tensor(stretch(image, box, height, width))
 
 
 def _stack(images: list[Tensor | DataError]) -> Tensor | DataError:

@@ -1,0 +1,116 @@
+"""A Python that has nothing but torch, numpy, pytest and hypothesis, and what they need themselves.
+
+``python tests/bare_machine.py`` does there what make gpu-check does on a machine with a GPU, as far
+as that goes without one; tests/test_gpu_check.py runs it.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.metadata
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = ("torch", "numpy", "pytest", "hypothesis")
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def needed_by(names: Iterable[str]) -> set[str]:
+    """``names`` and every distribution that they need."""
+    needed: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = _normalised(waiting.pop())
+        if name in needed:
+            continue
+        needed.add(name)
+        try:
+            wishes = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:  # of another platform or Python
+            continue
+        waiting += [re.split(r"[^\w.-]", wish)[0] for wish in wishes if "extra ==" not in wish]
+    return needed
+
+
+class Missing(importlib.abc.MetaPathFinder):
+    """Finds what ``finders`` find, but no installed package beside ``ALLOWED`` and ours."""
+
+    def __init__(self, finders: Sequence[Any]) -> None:
+        self.finders = tuple(finders)
+        allowed = needed_by(ALLOWED)
+        packages = importlib.metadata.packages_distributions()
+        self.refused = {
+            package
+            for package, distributions in packages.items()
+            if not allowed & {_normalised(name) for name in distributions}
+        } - {"nas"}
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """None where it is not to be had, as on a machine that never had it."""
+        if name.partition(".")[0] in self.refused:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in self.finders)
+        return next((spec for spec in found if spec is not None), None)
+
+
+def search() -> None:
+    """A whole search, of images in memory and without a checkpoint."""
+    import torch
+
+    from nas.data import ImageTask, Splits, TensorImages
+    from nas.search import METHODS, BilevelSearch, SearchConfig
+    from nas.spaces.darts.supernet import SupernetConfig
+
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (48, 1, 8, 8), generator=draw, dtype=torch.uint8)
+    everything, none = torch.arange(48), torch.arange(0)
+    task = ImageTask(
+        name="noise",
+        description="random pixels",
+        images=TensorImages(pixels),
+        labels=everything % 3,
+        classes=("a", "b", "c"),
+        splits=Splits(everything, none, none),
+        mean=(0.5,),
+        std=(0.3,),
+        flip=False,
+        examples=pixels[:1],
+        digest="noise",
+    )
+    config = SearchConfig(SupernetConfig(2, 3), epochs=1, batch_size=8)
+    found = BilevelSearch(
+        task, METHODS["darts"], config, seed=0, device=torch.device("cpu"), backend="eager"
+    ).run()
+    print(f"searched: {len(found.records)} epoch")
+
+
+def main() -> int:
+    """The script; returns its exit status."""
+    sys.path.insert(0, str(ROOT))
+    missing = Missing(sys.meta_path)
+    sys.meta_path[:] = [missing]
+    for name in ("mlflow", "optuna", "PIL", "safetensors"):
+        assert name in missing.refused, f"{name} is not installed: nothing is shown here"
+    import pytest
+
+    from benchmarks import gpu_check
+
+    status = gpu_check.main([])
+    print(f"gpu-check: {status}")
+    search()
+    return int(pytest.main(["-p", "no:cacheprovider", *(str(ROOT / t) for t in gpu_check.TESTS)]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
