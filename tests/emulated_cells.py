@@ -24,7 +24,7 @@ from nas.ops.toolchain import Cuda, find_compiler
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 EMULATION = Path(__file__).parent / "cuda_emulation"
-KINDS = ("double", "float", "bfloat16", "half")
+KINDS = ("double", "float", "tf32", "bfloat16", "half")
 LIBRARY = "emulated.so"
 FLAGS = (
     *("-std=c++20", "-fPIC", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
@@ -34,7 +34,7 @@ FLAGS = (
 
 def build(folder: Path, extra: tuple[str, ...] = (), program: Path | None = None) -> Path:
     """The library for torch in ``folder``, or with ``program`` an executable without torch, which
-    has the kernels of single precision alone.
+    has the kernels of single precision alone, with tensor cores and without.
 
     Only what has changed since the last build is compiled, by one process at a time.
 
@@ -43,7 +43,7 @@ def build(folder: Path, extra: tuple[str, ...] = (), program: Path | None = None
         RuntimeError: the sources do not compile.
     """
     compiler, none = find_compiler(), Cuda(None, "emulated")
-    kinds = KINDS if program is None else ("float",)
+    kinds = KINDS if program is None else ("float", "tf32")
     flags = (*FLAGS, *extra)
     sources = {SOURCES / f"cell_{kind}.cu": flags for kind in kinds}
     if program is None:

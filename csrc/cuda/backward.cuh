@@ -158,9 +158,9 @@ class Backward {
       }
     }
     pointwise_gradients(second, target, 1);
-    depthwise_gradients(second, target, true);
+    depthwise_gradients(second, true);
     pointwise_gradients(first, target, 0);
-    depthwise_gradients(first, target, false);
+    depthwise_gradients(first, false);
     skips(target);
     add_up();
   }
@@ -250,7 +250,7 @@ class Backward {
     }
   }
 
-  void depthwise_gradients(const Jobs& jobs, int target, bool second) {
+  void depthwise_gradients(const Jobs& jobs, bool second) {
     if (!jobs.count) return;
     DepthwiseGradient<T> work;
     work.in = inputs();

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "product.cuh"
 #include "statistics.cuh"
 
 namespace nas::cuda {
@@ -102,7 +103,7 @@ struct ConvolveMemory {
     ConvolveMemory memory;
     memory.scratch = arena.take<A>(larger(input, tile));
     memory.depthwise = arena.take<A>(tile);
-    memory.staged = arena.take<A>(kDepth * round_up(channels, 4));
+    memory.staged = arena.take<A>(staged_numbers(channels));
     memory.moments = Moments<A>::take(arena, channels, vector);
     return memory;
   }
@@ -139,7 +140,7 @@ NAS_KERNEL_ALONE convolve(const __grid_constant__ Convolve<T> call) {
     const Tile tile = Tile::of(t, index);
     depthwise_outputs<V>(call.in, edge, convolution, t, tile, memory.scratch, memory.depthwise,
                          pitch);
-    product(memory.depthwise, pitch, t.pixels(), channels, channels,
+    product<T>(memory.depthwise, pitch, t.pixels(), channels, channels,
             [&](int k, int c) { return matrix[k * channels + c]; }, memory.staged, memory.scratch,
             pitch);
     if (index == span.first) {
