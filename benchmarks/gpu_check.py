@@ -46,7 +46,7 @@ class Case:
 
     method: str
     batch: int
-    bfloat16: bool
+    numbers: str  # float32, tf32 (in products of matrices alone) or bfloat16 (by autocast)
     implementation: str  # eager, channels-last, eager-graphs, compiled, native, native-graphs
 
     @property
@@ -55,6 +55,7 @@ class Case:
         return "native" if self.implementation.startswith("native") else "eager"
 
 
+NUMBERS = ("float32", "tf32", "bfloat16")
 IMPLEMENTATIONS = ("native", "native-graphs", "eager", "channels-last", "eager-graphs", "compiled")
 
 
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(NONE)
         return 1
     if options.small:
-        make_step(Case("darts", 2, False, "native"), channels=4, cells=3, size=8)()
+        make_step(Case("darts", 2, "tf32", "native"), channels=4, cells=3, size=8)()
         torch.cuda.synchronize()
         return 0
     started = time.monotonic()
@@ -78,10 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rates = measure_rates()
     rows = []
     for implementation in IMPLEMENTATIONS:
-        for bfloat16 in (False, True):
+        for numbers in NUMBERS:
             for batch in (64, 256):
                 for method in ("darts", "pcdarts"):
-                    case = Case(method, batch, bfloat16, implementation)
+                    case = Case(method, batch, numbers, implementation)
                     rows.append(vars(case) | measure(case, started))
                     print(rows[-1], flush=True)
     write(options.json, rates, rows)
@@ -104,7 +105,12 @@ def run_tests() -> int:
 def make_step(
     case: Case, channels: int = 16, cells: int = 8, size: int = 32
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """A first-order search step: gradients of the architecture, then of the weights, and SGD."""
+    """A first-order search step: gradients of the architecture, then of the weights, and SGD.
+
+    ``case.numbers`` also sets PyTorch's switches for TF32, of products and of convolutions.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = case.numbers == "tf32"
+    torch.backends.cudnn.allow_tf32 = case.numbers == "tf32"
     partial = 4 if case.method == "pcdarts" else 1
     config = SupernetConfig(channels, cells, partial, edge_normalisation=partial > 1)
     supernet = Supernet(TaskShape(3, size, size, 10), config, seed=0, backend=case.backend).cuda()
@@ -119,7 +125,7 @@ def make_step(
         forward = torch.compile(supernet, mode="reduce-overhead")
 
     def loss(mixing: Any, weights: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=case.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=case.numbers == "bfloat16"):
             return F.cross_entropy(forward(images, mixing, weights=weights).float(), labels)
 
     def step() -> tuple[Tensor, ...]:
@@ -211,10 +217,10 @@ def write(path: Path | None, rates: dict[str, float], rows: list[dict[str, Any]]
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        numbers = "bfloat16" if row["bfloat16"] else "float32"
         result = row.get("left_out") or f"{row['median_ms']:.2f} | {row['peak_mb']:.0f}"
         lines.append(
-            f"| {row['method']} | {row['batch']} | {numbers} | {row['implementation']} | {result} |"
+            f"| {row['method']} | {row['batch']} | {row['numbers']} | {row['implementation']} "
+            f"| {result} |"
         )
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print(f"written: {os.path.relpath(path)}")
