@@ -125,9 +125,11 @@ def _kept_numbers(pixels: int, images: int, channels: int, reduction: bool, lane
     """Size of what a forward pass keeps (csrc/cpu/edge.h, Kept): planes of all convolutions.
 
     ``lanes`` channels of an image lie together, or with fewer channels, those of several images
-    (csrc/cpu/layout.h, Layout). A GPU has no such lanes: 1.
+    (csrc/cpu/layout.h, Layout). A GPU has no such lanes, 1, and does not keep the second ones of
+    the separable convolutions (csrc/cuda/geometry.h).
     """
-    convolutions = 6 * len(EDGES) + (len(REDUCING) if reduction else 0)
+    each = 4 if lanes == 1 else 6
+    convolutions = each * len(EDGES) + (len(REDUCING) if reduction else 0)
     if channels >= lanes:
         return convolutions * pixels * lanes * -(-channels // lanes)
     together = lanes // (1 << (channels - 1).bit_length())
