@@ -67,9 +67,9 @@ struct PassedRow {
   }
 
   // The way back to the state that edges leave: to[x][c] = own[x][c] + sum over edges of
-  // weights[edge] * gradient[edge][x][c], and products[edge] += gradient[edge][x][c] * state[x][c].
-  // `own`, which may be null, has all channels; of the gradients [x][C] the mixed ones are zero.
-  template <int Edges, typename S, typename U>
+  // weights[edge] * gradient[edge][x][c] and, to weigh the edges, products[edge] +=
+  // gradient[edge][x][c] * state[x][c]. `own`, which may be null, has all channels; of the gradients [x][C] the mixed ones are zero.
+  template <int Edges, bool Weigh, typename S, typename U>
   void send_back(const S* const* gradients, const T* weights, Images<const S> state,
                  Images<const S> own, Vec<T>* products, U* to) const {
     Vec<T> weight[Edges], product[Edges];
@@ -84,13 +84,16 @@ struct PassedRow {
       }
       for (int64_t at = start; at < channels; at += kLanes) {
         const int64_t count = channels - at;
-        prefetch(state.at + (x + kAhead) * state.pixel + at);
-        const Vec<T> value = unmixed(load_channels(state.at + x * state.pixel + at, count), at);
+        Vec<T> value;
+        if constexpr (Weigh) {
+          prefetch(state.at + (x + kAhead) * state.pixel + at);
+          value = unmixed(load_channels(state.at + x * state.pixel + at, count), at);
+        }
         Vec<T> sum = Vec<T>::zero();
         NAS_UNROLL for (int edge = 0; edge < Edges; ++edge) {
           prefetch(gradients[edge] + (x + kAhead) * channels + at);
           const Vec<T> gradient = load_channels(gradients[edge] + x * channels + at, count);
-          product[edge] += gradient * value;
+          if constexpr (Weigh) product[edge] += gradient * value;
           sum += gradient * weight[edge];
         }
         sum = unmixed(sum, at);

@@ -22,7 +22,7 @@ NAS_INLINE void for_columns(int64_t begin, int64_t width, Block&& block) {
 template <int K, int D, int S, typename T>
 void depthwise_row(const Vec<T>* in, int64_t pitch, const Vec<T>* taps, Vec<T>* out, int64_t width,
                    bool accumulate) {
-  for_columns<kPixels>(0, width, [&](auto block, int64_t x) {
+  for_columns<kPixels>(0, width, [&](auto block, int64_t x) NAS_INLINED {
     constexpr int count = decltype(block)::value;
     Vec<T> sum[count];
     NAS_UNROLL for (int i = 0; i < count; ++i) sum[i] = accumulate ? out[x + i] : Vec<T>::zero();
@@ -45,7 +45,7 @@ template <int K, int D, int PY, int PX, typename T>
 NAS_INLINE void spread_columns(const Vec<T>* row, int64_t pitch, const Vec<T>* taps, Vec<T>* out,
                                int64_t width, bool accumulate) {
   constexpr int q = D * (K / 2);
-  for_columns<kPixels>(0, (width + 1 - PX) / 2, [&](auto block, int64_t x) {
+  for_columns<kPixels>(0, (width + 1 - PX) / 2, [&](auto block, int64_t x) NAS_INLINED {
     constexpr int count = decltype(block)::value;
     Vec<T> sum[count];
     NAS_UNROLL for (int i = 0; i < count; ++i) {

@@ -333,7 +333,7 @@ class ForwardCell {
       const int64_t at = block * g.per_block(g.node_pixels) + group * g.node_pixels;
       Vec<T>* to = node_planes(target, block) + group * g.node_pixels;
       const Vec<T> bias = coefficients_[kOperations * g.lanes.groups + group];
-      for_columns<kPixels>(0, g.node_pixels, [&](auto pixels, int64_t x) {
+      for_columns<kPixels>(0, g.node_pixels, [&](auto pixels, int64_t x) NAS_INLINED {
         constexpr int count = decltype(pixels)::value;
         Vec<T> sum[count];
         NAS_UNROLL for (int i = 0; i < count; ++i) sum[i] = s == 0 ? bias : to[x + i] + bias;

@@ -19,7 +19,7 @@
 namespace nas::NAS_ISA {
 
 constexpr double kEpsilon = 1e-5;   // of the batch normalisations, torch's default
-constexpr int64_t kMostChunks = 8;
+constexpr int64_t kMostChunks = 16;  // and so the most threads that help
 
 struct Layout {
   int64_t images, channels;

@@ -34,12 +34,10 @@ Channels<T> plane_channels(const Vec<T>* planes, int64_t plane, int64_t channels
 
 template <int Count, int Outs, typename T>
 NAS_INLINE void product_block(const Channels<T>& in, int64_t x, const Vec<T>* weights, Vec<T>* out,
-                              int64_t out_group, bool accumulate) {
+                              int64_t out_group) {
   Vec<T> sum[Outs][Count];
   NAS_UNROLL for (int o = 0; o < Outs; ++o) {
-    NAS_UNROLL for (int p = 0; p < Count; ++p) {
-      sum[o][p] = accumulate ? out[o * out_group + x + p] : Vec<T>::zero();
-    }
+    NAS_UNROLL for (int p = 0; p < Count; ++p) sum[o][p] = Vec<T>::zero();
   }
   for (int64_t first = 0; first < in.count; first += kLanes) {
     const T* from = in.of(x, first);
@@ -57,25 +55,30 @@ NAS_INLINE void product_block(const Channels<T>& in, int64_t x, const Vec<T>* we
   }
 }
 
-// out[o][x] (+)= sum over i of in(x, i) * weights[o][i]; weights [group of outputs][input] of Vec.
+// `Outs` groups of outputs at a time, so often as they are there; returns the first that is left.
+template <int Outs, int Pixels, typename T>
+NAS_INLINE int64_t product_groups(const Channels<T>& in, const Vec<T>* weights, int64_t o,
+                                  int64_t groups_out, Vec<T>* out, int64_t out_group,
+                                  int64_t width) {
+  for (; o + Outs <= groups_out; o += Outs) {
+    for_columns<Pixels>(0, width, [&](auto block, int64_t x) NAS_INLINED {
+      constexpr int count = decltype(block)::value;
+      product_block<count, Outs>(in, x, weights + o * in.count, out + o * out_group, out_group);
+    });
+  }
+  return o;
+}
+
+// out[o][x] = sum over i of in(x, i) * weights[o][i]; weights [group of outputs][input] of Vec.
 template <typename T>
 void product_row(const Channels<T>& in, const Vec<T>* weights, int64_t groups_out, Vec<T>* out,
-                 int64_t out_group, int64_t width, bool accumulate = false) {
+                 int64_t out_group, int64_t width) {
   int64_t o = 0;
-  for (; kManyRegisters && o + 2 <= groups_out; o += 2) {
-    for_columns<kPixels>(0, width, [&](auto block, int64_t x) {
-      constexpr int count = decltype(block)::value;
-      product_block<count, 2>(in, x, weights + o * in.count, out + o * out_group, out_group,
-                              accumulate);
-    });
+  if constexpr (kManyRegisters) {  // the more outputs share an input, the fewer loads
+    o = product_groups<4, kPixels / 2>(in, weights, o, groups_out, out, out_group, width);
+    o = product_groups<2, kPixels>(in, weights, o, groups_out, out, out_group, width);
   }
-  for (; o < groups_out; ++o) {
-    for_columns<kPixels>(0, width, [&](auto block, int64_t x) {
-      constexpr int count = decltype(block)::value;
-      product_block<count, 1>(in, x, weights + o * in.count, out + o * out_group, out_group,
-                              accumulate);
-    });
-  }
+  product_groups<1, kPixels>(in, weights, o, groups_out, out, out_group, width);
 }
 
 // total[o][i] += sum over x of in(x, i) * gradient[o][x]
@@ -87,7 +90,7 @@ void product_weight_gradient(const Channels<T>& in, const Vec<T>* gradient, int6
     const Vec<T>* g = gradient + o * gradient_group;
     for (int64_t group = 0; group < in.count; group += kLanes) {
       const int64_t last = in.count - group < kLanes ? in.count - group : kLanes;
-      for_columns<kRows>(0, last, [&](auto block, int64_t i) {
+      for_columns<kRows>(0, last, [&](auto block, int64_t i) NAS_INLINED {
         constexpr int count = decltype(block)::value;
         const T* from = in.of(0, group) + i;
         Vec<T> sum[count];
@@ -108,9 +111,9 @@ void product_weight_gradient(const Channels<T>& in, const Vec<T>* gradient, int6
 // The same two with 16 / Group images in the lanes; weights and total [input] of Vec.
 template <int Group, int Count, typename T, std::size_t... I>
 NAS_INLINE void lane_product_block(const Vec<T>* in, const Vec<T>* weights, Vec<T>* out,
-                                   bool accumulate, std::index_sequence<I...>) {
+                                   std::index_sequence<I...>) {
   Vec<T> sum[Count];
-  NAS_UNROLL for (int p = 0; p < Count; ++p) sum[p] = accumulate ? out[p] : Vec<T>::zero();
+  NAS_UNROLL for (int p = 0; p < Count; ++p) sum[p] = Vec<T>::zero();
   NAS_UNROLL for (int p = 0; p < Count; ++p) {
     const Vec<T> value = in[p];
     ((sum[p] += spread<Group, I>(value) * weights[I]), ...);
@@ -119,11 +122,10 @@ NAS_INLINE void lane_product_block(const Vec<T>* in, const Vec<T>* weights, Vec<
 }
 
 template <int Group, int Inputs, typename T>
-void lane_product_row(const Vec<T>* in, const Vec<T>* weights, Vec<T>* out, int64_t width,
-                      bool accumulate) {
-  for_columns<kManyRegisters ? 8 : 2>(0, width, [&](auto block, int64_t x) {
+void lane_product_row(const Vec<T>* in, const Vec<T>* weights, Vec<T>* out, int64_t width) {
+  for_columns<kManyRegisters ? 8 : 2>(0, width, [&](auto block, int64_t x) NAS_INLINED {
     constexpr int count = decltype(block)::value;
-    lane_product_block<Group, count>(in + x, weights, out + x, accumulate,
+    lane_product_block<Group, count>(in + x, weights, out + x,
                                      std::make_index_sequence<Inputs>{});
   });
 }
@@ -156,14 +158,13 @@ struct Pointwise {
 
   // in, out: [group][.] of Vec, groups `in_group` and `out_group` Vecs apart.
   void row(const Vec<T>* in, int64_t in_group, const Vec<T>* weights, Vec<T>* out,
-           int64_t out_group, int64_t width, bool accumulate = false) const {
+           int64_t out_group, int64_t width) const {
     with_channels([&](auto count) {
       if constexpr (count == kLanes) {
-        product_row(plane_channels(in, in_group, channels), weights, groups, out, out_group, width,
-                    accumulate);
+        product_row(plane_channels(in, in_group, channels), weights, groups, out, out_group, width);
       } else {
         constexpr int lanes = count > 4 ? 8 : count > 2 ? 4 : count;
-        lane_product_row<lanes, count>(in, weights, out, width, accumulate);
+        lane_product_row<lanes, count>(in, weights, out, width);
       }
     });
   }

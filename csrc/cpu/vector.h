@@ -10,6 +10,8 @@
 #include <utility>
 
 #define NAS_INLINE inline __attribute__((always_inline))
+// For a lambda, after its parameters: one that is called, and not inlined, loads all it needs anew.
+#define NAS_INLINED __attribute__((always_inline))
 #define NAS_UNROLL _Pragma("GCC unroll 32")
 
 namespace nas::NAS_ISA {

@@ -149,4 +149,95 @@ class EdgeWeights {
   Vec<T>* reduce_transposed_ = nullptr;
 };
 
+// Gradients of one edge's weights, chunk by chunk of the batch, and on their way back to the order of
+// the parameters.
+template <typename T>
+class EdgeWeightGradients {
+ public:
+  EdgeWeightGradients(const CellShape& shape, const Layout& layout, const Chunks& chunks,
+                      Arena& arena)
+      : shape_(shape), layout_(layout), chunks_(chunks.count),
+        pointwise_{layout.group, layout.groups, layout.channels} {
+    taps_ = arena.take<Vec<T>>(chunks_ * kTaps * layout.groups);
+    matrices_ = arena.take<Vec<T>>(chunks_ * (kConvolutions + 2) * pointwise_.weights());
+  }
+
+  // [group][taps]
+  Vec<T>* taps(int64_t chunk, int convolution) const {
+    return taps_ + (chunk * kTaps + depthwise_slot(convolution).offset()) * layout_.groups;
+  }
+  // Beyond the convolutions: the two halves of a skip connection that reduces.
+  Vec<T>* matrix(int64_t chunk, int convolution) const {
+    return matrices_ + (chunk * (kConvolutions + 2) + convolution) * pointwise_.weights();
+  }
+  void clear(int64_t chunk) {
+    std::fill(taps(chunk, kSep3A), taps(chunk + 1, kSep3A), Vec<T>::zero());
+    std::fill(matrix(chunk, 0), matrix(chunk + 1, 0), Vec<T>::zero());
+  }
+
+  // The sums over all chunks of one convolution, or, after the last, of the skip connection that
+  // reduces, if it is live.
+  void unpack(int source, int target, int convolution, bool live_skip, T* gradients) const {
+    const int64_t c = shape_.mixed();
+    const int edge = edge_of(source, target);
+    if (convolution < kConvolutions) {
+      unpack_taps(edge, convolution, gradients);
+      unpack_matrix(convolution, 0, c,
+                    gradients + shape_.pointwise() + (edge * kConvolutions + convolution) * c * c);
+    } else if (shape_.reduction && source < 2) {
+      T* to = gradients + shape_.reduce() + reducing_slot(source, target) * c * c;
+      if (!live_skip) return std::fill(to, to + c * c, T(0));
+      unpack_matrix(kConvolutions, 0, c / 2, to);
+      unpack_matrix(kConvolutions + 1, c / 2, c, to);
+    }
+  }
+
+ private:
+  template <typename At>
+  Vec<T> over_chunks(At&& at) const {
+    Vec<T> total = at(0);
+    for (int64_t chunk = 1; chunk < chunks_; ++chunk) total += at(chunk);
+    return total;
+  }
+
+  void unpack_taps(int edge, int convolution, T* gradients) const {
+    const int64_t c = shape_.mixed();
+    const DepthwiseSlot slot = depthwise_slot(convolution);
+    const int count = slot.size * slot.size;
+    T* to = gradients + slot.source(shape_, edge);
+    std::fill(to, to + count * c, T(0));
+    for (int64_t group = 0; group < layout_.groups; ++group) {
+      for (int tap = 0; tap < count; ++tap) {
+        const Vec<T> total = over_chunks(
+            [&](int64_t chunk) { return taps(chunk, convolution)[group * count + tap]; });
+        add_lanes(layout_, layout_.together, group, total, to + tap * c);
+      }
+    }
+  }
+
+  // Columns first..last of [c][c].
+  void unpack_matrix(int which, int64_t first, int64_t last, T* to) const {
+    const int64_t c = shape_.mixed(), inputs = pointwise_.inputs();
+    for (int64_t group = 0; group < layout_.groups; ++group) {
+      for (int64_t in = 0; in < c; ++in) {
+        const Vec<T> total = over_chunks(
+            [&](int64_t chunk) { return matrix(chunk, which)[group * inputs + in]; });
+        T values[kLanes] = {};
+        add_lanes(layout_, layout_.together, 0, total, values);
+        for (int64_t o = 0; o < layout_.channels_of(group); ++o) {
+          const int64_t column = group * kLanes + o;
+          if (column >= first && column < last) to[in * c + column] = values[o];
+        }
+      }
+    }
+  }
+
+  CellShape shape_;
+  Layout layout_;
+  int64_t chunks_;
+  Pointwise<T> pointwise_;
+  Vec<T>* taps_;
+  Vec<T>* matrices_;
+};
+
 }  // namespace nas::NAS_ISA

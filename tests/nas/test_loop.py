@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -95,6 +97,37 @@ def test_a_gpu_is_read_now_and_then_and_at_the_end() -> None:
     assert [batch for batch in range(1, 4) if loop._is_due(batch, 3)] == [1, 2, 3]
     loop.device = torch.device("cuda")  # each reading waits for it
     assert [batch for batch in range(1, 26) if loop._is_due(batch, 25)] == [10, 20, 25]
+
+
+class Watching(Counting):
+    frozen = 0
+
+    def step(self, item: int) -> int:
+        self.frozen = gc.get_freeze_count()
+        return super().step(item)
+
+
+def test_the_garbage_collector_spares_old_objects_while_it_runs() -> None:
+    loop = Watching()
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_epochs(None, Stopping(2))
+    assert loop.frozen > 10_000
+    assert gc.get_freeze_count() == 0
+    loop.run_epochs(None, Observer())
+    loop.cycle = loop  # type: ignore[attr-defined]
+    left = weakref.ref(loop)
+    del loop
+    gc.collect()
+    assert left() is None
+
+
+def test_what_the_caller_froze_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        Watching().run_epochs(None, Observer())
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_an_epoch_is_reported_once_it_is_safe(tmp_path: Path) -> None:
