@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.metadata
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -64,37 +65,6 @@ class Missing(importlib.abc.MetaPathFinder):
         return next((spec for spec in found if spec is not None), None)
 
 
-def search() -> None:
-    """A whole search, of images in memory and without a checkpoint."""
-    import torch
-
-    from nas.data import ImageTask, Splits, TensorImages
-    from nas.search import METHODS, BilevelSearch, SearchConfig
-    from nas.spaces.darts.supernet import SupernetConfig
-
-    draw = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (48, 1, 8, 8), generator=draw, dtype=torch.uint8)
-    everything, none = torch.arange(48), torch.arange(0)
-    task = ImageTask(
-        name="noise",
-        description="random pixels",
-        images=TensorImages(pixels),
-        labels=everything % 3,
-        classes=("a", "b", "c"),
-        splits=Splits(everything, none, none),
-        mean=(0.5,),
-        std=(0.3,),
-        flip=False,
-        examples=pixels[:1],
-        digest="noise",
-    )
-    config = SearchConfig(SupernetConfig(2, 3), epochs=1, batch_size=8)
-    found = BilevelSearch(
-        task, METHODS["darts"], config, seed=0, device=torch.device("cpu"), backend="eager"
-    ).run()
-    print(f"searched: {len(found.records)} epoch")
-
-
 def main() -> int:
     """The script; returns its exit status."""
     sys.path.insert(0, str(ROOT))
@@ -103,12 +73,18 @@ def main() -> int:
     for name in ("mlflow", "optuna", "PIL", "safetensors"):
         assert name in missing.refused, f"{name} is not installed: nothing is shown here"
     import pytest
+    import torch
 
     from benchmarks import gpu_check
+    from nas.search import METHODS, SearchConfig
+    from nas.spaces.darts.supernet import SupernetConfig
 
-    status = gpu_check.main([])
-    print(f"gpu-check: {status}")
-    search()
+    print(f"gpu-check: {gpu_check.main([])}")
+    os.environ["NAS_TRANSFER_NO_EXTENSION"] = "1"  # or it would be compiled
+    small = SearchConfig(SupernetConfig(2, 3), batch_size=8)
+    task, cpu = gpu_check.noise(48, 8, 1), torch.device("cpu")
+    seconds = gpu_check.epoch_seconds(task, METHODS["darts"], small, cpu)
+    print(f"searched: {seconds > 0}")
     return int(pytest.main(["-p", "no:cacheprovider", *(str(ROOT / t) for t in gpu_check.TESTS)]))
 
 

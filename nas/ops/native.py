@@ -1,8 +1,8 @@
 """The supernet's cell in C++ (csrc/): one call a cell and direction.
 
 :func:`mixed_cell` has the signature and the numbers of its eager twin in :mod:`nas.ops.mixed`. It
-keeps the states and the statistics of a cell for the backward pass and computes the rest again,
-which is faster than reading it back from memory, and pays for no gradient that nobody asks for.
+keeps states, statistics and convolutions of a cell for the backward pass, computes the rest again
+and pays for no gradient that nobody asks for.
 """
 
 from __future__ import annotations
