@@ -28,6 +28,7 @@ from nas.transfer.otdd import (
     pretrained,
     principal_components,
     save_sketch,
+    shapes,
     supernet_trunk,
 )
 from nas.transfer.otdd.networks import RESNETS
@@ -44,6 +45,8 @@ SKETCH_FILE = "sketch.safetensors"
 MATRIX_FILE = "distances.csv"
 FEATURES = {
     "pca": "the first 64 principal components of the images of all these sets at 16x16",
+    "shapes": "the images at 8x8 apart from their brightness and contrast, which follow them; by "
+    "these a search chooses its source",
     "pixels": "the images at 8x8",
     **dict.fromkeys(RESNETS, "features of torchvision's network, trained on ImageNet"),
     f"{RUN}ID": "features of the supernet of that search",
@@ -200,6 +203,7 @@ def _embedding(job: Job, settings: DistanceSettings, tasks: Sequence[ImageTask])
     if settings.features.startswith(RUN):
         return _trunk_of(job, settings.features.removeprefix(RUN))
     made: dict[str, Callable[[], Embedding]] = {
+        "shapes": shapes,
         "pixels": pixels,
         "pca": lambda: principal_components(tasks),
     }

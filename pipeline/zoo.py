@@ -18,7 +18,7 @@ from mlflow.entities.model_registry import ModelVersion
 from nas.data.catalog import FOLDER_PREFIX
 from nas.errors import TrackingError
 from nas.spaces.base import PRUNED
-from nas.transfer.otdd import DatasetSketch, load_sketch, pixels, save_sketch
+from nas.transfer.otdd import DatasetSketch, load_sketch, save_sketch, shapes
 from nas.transfer.supernet import WarmStart, WarmStartOptions
 from nas.transfer.zoo import Card, ZooEntry, file_digest, load_entry
 from pipeline.job import flat
@@ -27,7 +27,7 @@ from pipeline.store import check_store
 from pipeline.tracking import RunLog, Tracker
 
 SUPERNET_FILE = "supernet.safetensors"
-EMBEDDING = pixels()  # of every sketch in the zoo, so that all of them can be compared
+EMBEDDING = shapes()  # of every sketch in the zoo, so that all of them can be compared
 KIND, SUPERNET = "kind", "supernet"  # the tag that tells supernets from networks
 SIGNATURE, DIGEST = "supernet.signature", "supernet.digest"
 LONGEST_NAME = 200

@@ -92,7 +92,7 @@ class KnownDomain:
 
     @cached_property
     def sketch(self) -> DatasetSketch:
-        """As supernets of the zoo carry it; without the test split."""
+        """Of raw pixels; without the test split."""
         return describe(self.task, pixels(), 0, points=500)
 
     @cached_property

@@ -217,7 +217,7 @@ class Laboratory:
         return (chosen,), self.distance(chosen, cell.target)
 
     def distance(self, source: Domain, target: Domain) -> float:
-        """OTDD of the two, as `--source auto` measures it.
+        """OTDD of the two by raw pixels.
 
         Raises:
             DataError: they share an image.

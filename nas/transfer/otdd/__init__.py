@@ -2,7 +2,7 @@
 
 from nas.transfer.otdd.cache import cached_distance
 from nas.transfer.otdd.distance import OTDDConfig, distance, squared_distance
-from nas.transfer.otdd.embedding import Embedding, pixels, principal_components
+from nas.transfer.otdd.embedding import Embedding, pixels, principal_components, shapes
 from nas.transfer.otdd.networks import pretrained, supernet_trunk
 from nas.transfer.otdd.sketch import DatasetSketch, describe, load_sketch, save_sketch, summarise
 
@@ -18,6 +18,7 @@ __all__ = [
     "pretrained",
     "principal_components",
     "save_sketch",
+    "shapes",
     "squared_distance",
     "summarise",
     "supernet_trunk",

@@ -6,6 +6,7 @@ Distances can be compared only within one embedding, so every embedding has a di
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from nas.data.splits import balanced_subset
 from nas.errors import ConfigurationError
 from nas.randomness import generator
 
+SHAPE_WEIGHT = 2.0  # 1 to 4 rank alike
+FAINT = 0.05  # contrast below which an image is mostly noise
 SIDE = 8  # pixels; with three colours 192 dimensions, in which covariances stay affordable
 COMPONENTS, PCA_SIDE = 64, 16  # of the pixels of 16 x 16 colour images
 PCA_IMAGES = 2000  # of each data set
@@ -49,7 +52,7 @@ def pixels(side: int = SIDE, channels: int = 3) -> Embedding:
     """Raw pixels in 0..1 at ``side`` x ``side``: ``channels * side**2`` dimensions.
 
     Every set is brought to the same form by :func:`to_common`. It needs no data, no weights and
-    no network, so it is the same everywhere: what a supernet's sketch is made with by default.
+    no network, so it is the same everywhere.
     """
 
     def embed(images: Tensor) -> Tensor:
@@ -58,6 +61,25 @@ def pixels(side: int = SIDE, channels: int = 3) -> Embedding:
     return Embedding(
         f"pixels at {side}x{side}x{channels}", digest_of("pixels", side, channels), embed
     )
+
+
+def shapes(side: int = SIDE, channels: int = 3) -> Embedding:
+    """What an image shows apart from how bright and how strong: ``channels * side**2 + 2`` numbers.
+
+    Pixels as in :func:`pixels`, less their mean m and over their standard deviation s (and FAINT),
+    as a vector of length SHAPE_WEIGHT at most; then m and s. By raw pixels dark sets are near dark
+    sets and faint ones near faint ones, whatever they show.
+    """
+
+    def embed(images: Tensor) -> Tensor:
+        raw = to_common(images, side, channels).flatten(1)
+        mean = raw.mean(1, keepdim=True)
+        contrast = raw.std(1, correction=0, keepdim=True)
+        shape = (raw - mean) / (contrast + FAINT) / math.sqrt(raw.shape[1])
+        return torch.cat([SHAPE_WEIGHT * shape, mean, contrast], 1)
+
+    digest = digest_of("shapes", side, channels, SHAPE_WEIGHT, FAINT)
+    return Embedding(f"shapes at {side}x{side}x{channels}", digest, embed)
 
 
 def principal_components(

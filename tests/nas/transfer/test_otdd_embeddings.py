@@ -14,7 +14,13 @@ from nas.data import TaskShape, load_task
 from nas.errors import ConfigurationError, DataError, UnknownNameError
 from nas.search import find_method
 from nas.spaces.darts.supernet import Supernet, SupernetConfig
-from nas.transfer.otdd import pixels, pretrained, principal_components, supernet_trunk
+from nas.transfer.otdd import (
+    pixels,
+    pretrained,
+    principal_components,
+    shapes,
+    supernet_trunk,
+)
 from nas.transfer.otdd.embedding import to_common
 
 
@@ -36,9 +42,34 @@ class TestPixels:
             pixels()(torch.zeros(1, 2, 8, 8, dtype=torch.uint8))
 
     def test_digests_tell_settings_apart(self) -> None:
-        digests = {pixels(side, channels).digest for side in (8, 16) for channels in (1, 3)}
-        assert len(digests) == 4
+        made = (pixels, shapes)
+        digests = {
+            f(side, channels).digest for f in made for side in (8, 16) for channels in (1, 3)
+        }
+        assert len(digests) == 8
         assert pixels(8, 3).digest == pixels().digest
+
+
+class TestShapes:
+    def test_agree_with_numpy(self) -> None:
+        images = noise_task(0, channels=3).images.gather(torch.arange(5))
+        raw = images.flatten(1).numpy() / 255
+        mean, contrast = raw.mean(1, keepdims=True), raw.std(1, keepdims=True)
+        shape = 2 * (raw - mean) / (contrast + 0.05) / np.sqrt(192)
+        expected = np.concatenate([shape, mean, contrast], 1)
+        np.testing.assert_allclose(shapes()(images).numpy(), expected, atol=1e-6)
+
+    def test_see_the_same_shape_in_the_dark(self) -> None:
+        bright = noise_task(0, channels=3).images.gather(torch.arange(5)) // 4 * 4
+        first, second = shapes()(bright), shapes()(bright // 2)
+        assert (first - second)[:, :-2].norm(dim=1).max() < 0.5
+        torch.testing.assert_close(first[:, -2:], 2 * second[:, -2:])
+
+    def test_an_image_of_one_colour_has_none(self) -> None:
+        flat = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
+        vectors = shapes()(flat)
+        torch.testing.assert_close(vectors[:, :-2], torch.zeros(2, 192), atol=1e-5, rtol=0)
+        torch.testing.assert_close(vectors[:, -2:], torch.tensor([[1.0, 0.0]] * 2))
 
 
 class TestPrincipalComponents:
