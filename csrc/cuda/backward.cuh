@@ -202,8 +202,9 @@ class Backward {
       }
     }
     const int chunks = chunks_for(divide_up(g_.plane(), kNumbers), target);
-    launch(dots<T, V>, {unsigned(chunks), unsigned(target), 1},
-           kThreads * V * int64_t(sizeof(P)), stream_, work);
+    constexpr int kTogether = V < 4 ? V : 4;  // a thread has no registers for the sums of eight
+    launch(dots<T, kTogether>, {unsigned(chunks), unsigned(target), 1},
+           kThreads * kTogether * int64_t(sizeof(P)), stream_, work);
     settle.g = g_;
     settle.target = target;
     settle.chunks = chunks;
