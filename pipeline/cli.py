@@ -122,6 +122,7 @@ def transfer_command(
             stack=stack(scale, channels, cells, max_macs, stem),
             compare=CompareSettings(
                 training=train_config(scale, train_epochs, train_batch_size),
+                least_steps=0 if train_epochs else scale.least_steps,
                 seeds=seeds,
                 seed=seed,
                 model_name=model_name or default_model_name(target),
@@ -308,6 +309,7 @@ def retrain_command(
             stack=StackSettings(channels, cells, macs_limit(max_macs), stem),
             compare=CompareSettings(
                 training=train_config(scale, train_epochs, train_batch_size),
+                least_steps=0 if train_epochs else scale.least_steps,
                 seeds=seeds,
                 seed=seed,
                 model_name=model_name or default_model_name(target),

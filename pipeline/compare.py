@@ -26,7 +26,7 @@ from pipeline.figures import (
     draw_comparison,
     draw_learning_curves,
 )
-from pipeline.job import Job, ui_command
+from pipeline.job import Job, flat, ui_command
 from pipeline.networks import (
     RANDOM,
     TRANSFERRED,
@@ -74,8 +74,15 @@ def compare(
     _say_size(architecture, task)
     job.log.log_params(network_parameters(architecture))
     job.log.set_tags({"lineage.target_digest": task.digest})
+    training = settings.training_for(task)
+    if training.epochs != settings.training.epochs:
+        say(
+            f"training takes {training.epochs} epochs instead of {settings.training.epochs}: the "
+            f"set is small, and fewer than {settings.least_steps} steps teach a network little"
+        )
+    job.log.log_params(flat("train", training))
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    transferred, random = train_beside_random(job, task, architecture, settings.training, seeds)
+    transferred, random = train_beside_random(job, task, architecture, training, seeds)
     best = max(transferred, key=lambda trained: trained.validation_accuracy)
     tested = evaluation_step(job, task, transferred, random, best)
     comparison = Comparison(

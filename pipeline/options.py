@@ -290,7 +290,9 @@ Stem = Annotated[
 TrainEpochs = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Epochs of each training instead of the preset's.", rich_help_panel=TRAINING
+        min=1,
+        help="Epochs of each training instead of the preset's; `quick` has more on small sets.",
+        rich_help_panel=TRAINING,
     ),
 ]
 TrainBatchSize = Annotated[

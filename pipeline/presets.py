@@ -17,6 +17,7 @@ class Preset:
         summary: for people.
         channels, cells: of the final network.
         training: its recipe.
+        least_steps: of a training, however small the set.
         largest: images above this side are scaled down to it, unless a size is asked for.
         threads: cores for a single step; None leaves it to PyTorch.
         quick_search: scale the search down to minutes on two cores, too.
@@ -26,6 +27,7 @@ class Preset:
     channels: int
     cells: int
     training: TrainConfig
+    least_steps: int = 0
     largest: int | None = None
     threads: int | None = None
     quick_search: bool = False
@@ -63,6 +65,7 @@ PRESETS = {
         channels=8,
         cells=4,
         training=TRAINING_PRESETS["quick"],
+        least_steps=200,  # what 2 epochs of 6,400 images come to
         largest=14,
         threads=1,  # tensors this small are faster on one core than shared by two
         quick_search=True,

@@ -8,7 +8,7 @@ from nas.architecture import Skeleton
 from nas.errors import TrackingError
 from pipeline.compare import Comparison, compare, finish, register_step, summarise
 from pipeline.console import say
-from pipeline.job import Job, Machine, flat, open_job
+from pipeline.job import Job, Machine, open_job
 from pipeline.searches import Found, past_search, take_in
 from pipeline.settings import CompareSettings, DataSettings, StackSettings
 from pipeline.specification import RUN, read_architecture
@@ -40,7 +40,6 @@ def retrain(settings: RetrainSettings, machine: Machine) -> Comparison:
             "target": target_name,
             "seed": settings.compare.seed,
             "seeds": settings.compare.seeds,
-            **flat("train", settings.compare.training),
         },
         {"space": "darts", "target": target_name},
     ) as job:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from nas.architecture import Architecture, Skeleton
 from nas.data import DATA_SETS, ImageTask
@@ -77,6 +78,8 @@ class CompareSettings:
 
     Attributes:
         training: the recipe, for the transferred and the random networks alike.
+        least_steps: a small set is gone through more often than the recipe says, until training
+            has so many steps.
         seeds: trainings of the transferred network, and random networks beside it.
         seed: the first of the seeds.
         model_name: in the registry.
@@ -86,6 +89,7 @@ class CompareSettings:
     seeds: int
     seed: int
     model_name: str
+    least_steps: int = 0
 
     def __post_init__(self) -> None:
         if not self.model_name.strip() or set(self.model_name) & set("/:'"):
@@ -93,3 +97,9 @@ class CompareSettings:
                 f"'{self.model_name}' cannot be a registered model's name: it needs a character "
                 "and takes no slash, colon or quote; choose another --model-name"
             )
+
+    def training_for(self, task: ImageTask) -> TrainConfig:
+        """The recipe, with the epochs that ``task`` needs."""
+        recipe = self.training
+        steps = max(1, len(task.splits.train) // recipe.batch_size)
+        return replace(recipe, epochs=max(recipe.epochs, math.ceil(self.least_steps / steps)))

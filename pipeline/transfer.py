@@ -161,5 +161,4 @@ def _parameters(settings: TransferSettings, source: str) -> dict[str, object]:
         "seed": settings.compare.seed,
         "seeds": settings.compare.seeds,
         **flat("search", settings.search),
-        **flat("train", settings.compare.training),
     }

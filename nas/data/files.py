@@ -46,10 +46,13 @@ def map_images(
 
     Raises one DataError with the number and the first names of all that failed.
     """
+    from PIL import UnidentifiedImageError
 
     def attempt(item: _T) -> tuple[_R | None, str | None]:
         try:
             return function(item), None
+        except UnidentifiedImageError:  # whose text names an object in memory
+            return None, f"{name_of(item)} (no image that Pillow knows)"
         except Exception as error:  # Pillow's readers raise nearly anything on a broken file
             return None, f"{name_of(item)} ({error})"
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from nas.errors import UnknownNameError
 from nas.search import METHODS, find_method
 from nas.spaces import DartsSpace
 from pipeline.presets import PRESETS, find_preset
+from pipeline.settings import CompareSettings
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:
@@ -94,3 +97,13 @@ def test_quick_builds_its_network_in_the_space() -> None:
     first = {name: choices[0] for name, choices in space.decisions().items()}
     skeleton = Skeleton("cifar", preset.channels, preset.cells)
     assert space.architecture(first, skeleton).skeleton == skeleton
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(64, 200), (640, 20), (6400, 2), (60000, 2)])
+def test_a_small_set_is_gone_through_more_often(images: int, epochs: int) -> None:
+    quick = PRESETS["quick"]
+    settings = CompareSettings(quick.training, 1, 0, "nas-some", quick.least_steps)
+    task = SimpleNamespace(splits=SimpleNamespace(train=range(images)))
+    assert settings.training_for(task).epochs == epochs  # type: ignore[arg-type]
+    as_asked = CompareSettings(quick.training, 1, 0, "nas-some")
+    assert as_asked.training_for(task) == quick.training  # type: ignore[arg-type]
