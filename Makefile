@@ -12,7 +12,7 @@ SOURCES := nas pipeline tests benchmarks setup.py
 SANITIZED := NAS_TRANSFER_SANITIZE=1 TORCH_EXTENSIONS_DIR=build/sanitize
 
 .DEFAULT_GOAL := help
-.PHONY: help setup transfer test lint sanitize bench gpu-check ui upgrade clean
+.PHONY: help setup transfer test lint sanitize bench cuda-check gpu-check ui upgrade clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -55,6 +55,13 @@ sanitize: $(READY)  ## run the kernel tests under the address and undefined-beha
 
 bench: setup  ## time the supernet's search step (ARGUMENTS="--peers PATH --json FILE")
 	$(BIN)/python -m benchmarks.supernet_step $(ARGUMENTS)
+
+# The kernels of both kinds of single precision; the other kinds differ in loads and stores alone.
+cuda-check: $(READY)  ## compile everything for GPUs without one, report registers and spills
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0" \
+	  $(BIN)/python setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda
+	PYTHONPATH=. $(BIN)/python -m benchmarks.cuda_registers --kinds float tf32 \
+	  --report benchmarks/results/cuda-registers.md
 
 gpu-check:  ## build, test and time the kernels on a GPU, with the python that PYTHON names
 	FORCE_CUDA=1 PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_check $(ARGUMENTS)

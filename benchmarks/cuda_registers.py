@@ -1,8 +1,9 @@
 """What nvcc makes of the CUDA kernels: registers, stack and spills of each, by architecture.
 
-    python -m benchmarks.cuda_registers [--architectures 80 90] [--kinds float]
+    python -m benchmarks.cuda_registers [--architectures 80 90] [--kinds float tf32] [--report FILE]
 
-Prints the table of docs/kernels.md. Needs nvcc and no GPU; nothing is linked.
+Facts of the compiler, and no timing. Needs nvcc and no GPU; nothing is linked. ``make cuda-check``
+writes the report that is under benchmarks/results; it fails where a hot kernel spills.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from nas.ops import recipe, toolchain
 HOT = ("convolve", "pointwise_gradient", "depthwise_gradient", "dots", "combine")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
+SHARED = re.compile(r"(\d+) bytes smem")
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,14 @@ class Kernel:
 
     Attributes:
         name: with its template's arguments, demangled: ``convolve<float, 4>``.
+        shared: bytes of shared memory beside what a launch asks for, which is up to 99 KiB.
         spills: bytes that its threads store for want of registers.
     """
 
     name: str
     architecture: int
     registers: int
+    shared: int
     stack: int
     spills: int
 
@@ -46,7 +51,7 @@ class Kernel:
 
 
 def compile_kernels(kind: str, architectures: Sequence[int]) -> list[Kernel]:
-    """Every kernel for numbers of ``kind`` ("double", "float", "bfloat16", "half").
+    """Every kernel for numbers of ``kind`` ("double", "float", "tf32", "bfloat16", "half").
 
     Raises:
         NativeError: there is no nvcc, or it refuses the sources.
@@ -83,7 +88,9 @@ def parse(report: str) -> list[Kernel]:
         elif found := STACK.search(line):
             stack, spills = int(found[1]), int(found[2])
         elif (found := USED.search(line)) and name:
-            kernels.append(Kernel(name, architecture, int(found[1]), stack, spills))
+            memory = SHARED.search(line)
+            shared = int(memory[1]) if memory else 0
+            kernels.append(Kernel(name, architecture, int(found[1]), shared, stack, spills))
             name = ""
     return kernels
 
@@ -103,20 +110,59 @@ def _demangled(text: str) -> str:
         raise NativeError("c++filt is missing: it comes with binutils") from error
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table."""
+def report(kernels: Sequence[Kernel], version: str) -> str:
+    """A table, the hot kernels first; they are in bold."""
+    lines = [
+        f"What {version} makes of csrc/cuda: compiled, not run, and nothing is timed.",
+        "",
+        "| kernel | sm | registers | shared, bytes | stack, bytes | spills, bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kernel in sorted(kernels, key=lambda k: (not k.hot, k.name, k.architecture)):
+        name = f"**`{kernel.name}`**" if kernel.hot else f"`{kernel.name}`"
+        numbers = (
+            kernel.architecture,
+            kernel.registers,
+            kernel.shared,
+            kernel.stack,
+            kernel.spills,
+        )
+        lines.append("| " + " | ".join([name, *map(str, numbers)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def nvcc_version() -> str:
+    """As in "nvcc 13.0"; "nvcc" where it does not say."""
+    home = toolchain.find_cuda_home()
+    if home is None:
+        return "nvcc"
+    asked = [str(home / "bin" / "nvcc"), "--version"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release ([\d.]+)", said)
+    return f"nvcc {found[1]}" if found else "nvcc"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status, which is 1 where a hot kernel spills."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--kinds", nargs="+", default=["float"])
+    parser.add_argument("--report", type=Path, help="write the table there instead")
     options = parser.parse_args(arguments)
-    print("| kernel | sm | registers | stack, bytes | spills, bytes |\n|---|---|---|---|---|")
-    for kind in options.kinds:
-        found = compile_kernels(kind, options.architectures)
-        for kernel in sorted(found, key=lambda k: (not k.hot, k.name, k.architecture)):
-            name = f"**`{kernel.name}`**" if kernel.hot else f"`{kernel.name}`"
-            numbers = (kernel.architecture, kernel.registers, kernel.stack, kernel.spills)
-            print("| " + " | ".join([name, *map(str, numbers)]) + " |")
+    kernels = [
+        kernel for kind in options.kinds for kernel in compile_kernels(kind, options.architectures)
+    ]
+    text = report(kernels, nvcc_version())
+    if options.report is None:
+        print(text, end="")
+    else:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        options.report.write_text(text)
+    spilling = [kernel.name for kernel in kernels if kernel.hot and kernel.spills]
+    for name in spilling:
+        print(f"{name} spills", file=sys.stderr)
+    return int(bool(spilling))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

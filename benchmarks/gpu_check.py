@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_check [--skip-tests] [--json FILE]
 
 Builds the kernels for the GPU at hand, runs their tests, runs one small step under
-compute-sanitizer where that tool is, and times the search step. Needs torch, pytest, hypothesis,
-numpy and nvcc. Results go to benchmarks/results/, named by device.
+compute-sanitizer where that tool is, and times an epoch of a search and the search step. Needs
+torch, pytest, hypothesis, numpy and nvcc. Results go to benchmarks/results/, named by device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nas.data import TaskShape
-from nas.search import METHODS
+from nas.data import ImageTask, Splits, TaskShape, TensorImages
+from nas.errors import NASError
+from nas.search import METHODS, BilevelSearch, Method, SearchConfig
 from nas.search.replay import capture_graph
 from nas.spaces.darts.supernet import Supernet, SupernetConfig
 
@@ -46,7 +47,7 @@ class Case:
 
     method: str
     batch: int
-    bfloat16: bool
+    numbers: str  # float32, tf32 (in products of matrices alone) or bfloat16 (by autocast)
     implementation: str  # eager, channels-last, eager-graphs, compiled, native, native-graphs
 
     @property
@@ -55,6 +56,7 @@ class Case:
         return "native" if self.implementation.startswith("native") else "eager"
 
 
+NUMBERS = ("float32", "tf32", "bfloat16")
 IMPLEMENTATIONS = ("native", "native-graphs", "eager", "channels-last", "eager-graphs", "compiled")
 
 
@@ -69,28 +71,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(NONE)
         return 1
     if options.small:
-        make_step(Case("darts", 2, False, "native"), channels=4, cells=3, size=8)()
+        make_step(Case("darts", 2, "tf32", "native"), channels=4, cells=3, size=8)()
         torch.cuda.synchronize()
         return 0
     started = time.monotonic()
     if not options.skip_tests and run_tests():
         return 1
     rates = measure_rates()
+    searches = [
+        measure_search(method, batch, numbers, started)
+        for numbers in ("float32", "tf32")
+        for method, batch in (("pcdarts", 256), ("darts", 64))
+    ]
     rows = []
     for implementation in IMPLEMENTATIONS:
-        for bfloat16 in (False, True):
+        for numbers in NUMBERS:
             for batch in (64, 256):
                 for method in ("darts", "pcdarts"):
-                    case = Case(method, batch, bfloat16, implementation)
+                    case = Case(method, batch, numbers, implementation)
                     rows.append(vars(case) | measure(case, started))
                     print(rows[-1], flush=True)
-    write(options.json, rates, rows)
+    write(options.json, rates, rows, searches)
     return 0
 
 
 def run_tests() -> int:
     """The tests on this GPU, then a small step under the sanitizers; not 0 is a failure."""
-    failed = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", *TESTS]).returncode
+    failed = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS]).returncode
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         print("compute-sanitizer is not here: memcheck and racecheck are left out")
@@ -104,7 +111,12 @@ def run_tests() -> int:
 def make_step(
     case: Case, channels: int = 16, cells: int = 8, size: int = 32
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """A first-order search step: gradients of the architecture, then of the weights, and SGD."""
+    """A first-order search step: gradients of the architecture, then of the weights, and SGD.
+
+    ``case.numbers`` also sets PyTorch's switches for TF32, of products and of convolutions.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = case.numbers == "tf32"
+    torch.backends.cudnn.allow_tf32 = case.numbers == "tf32"
     partial = 4 if case.method == "pcdarts" else 1
     config = SupernetConfig(channels, cells, partial, edge_normalisation=partial > 1)
     supernet = Supernet(TaskShape(3, size, size, 10), config, seed=0, backend=case.backend).cuda()
@@ -119,7 +131,7 @@ def make_step(
         forward = torch.compile(supernet, mode="reduce-overhead")
 
     def loss(mixing: Any, weights: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=case.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=case.numbers == "bfloat16"):
             return F.cross_entropy(forward(images, mixing, weights=weights).float(), labels)
 
     def step() -> tuple[Tensor, ...]:
@@ -170,6 +182,59 @@ def measure(case: Case, started: float) -> dict[str, Any]:
     }
 
 
+def noise(images: int, size: int, channels: int) -> ImageTask:
+    """Random pixels of ten classes: as much work as real images."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (images, channels, size, size)
+    pixels = torch.randint(256, shape, generator=draw, dtype=torch.uint8)
+    everything, nothing = torch.arange(images), torch.arange(0)
+    return ImageTask(
+        name="noise",
+        description="random pixels",
+        images=TensorImages(pixels),
+        labels=everything % 10,
+        classes=tuple("0123456789"),
+        splits=Splits(everything, nothing, nothing),
+        mean=(0.5,) * channels,
+        std=(0.29,) * channels,
+        flip=True,
+        examples=pixels[:1],
+        digest="noise",
+    )
+
+
+def epoch_seconds(
+    task: ImageTask, method: Method, config: SearchConfig, device: torch.device
+) -> float:
+    """Of the second epoch of a search, loading, augmentation and both validations with it."""
+    search = BilevelSearch(
+        task,
+        method,
+        replace(config, epochs=2, warmup_epochs=0),
+        seed=0,
+        device=device,
+        cuda_graphs="auto",
+    )
+    return search.run().records[-1].metrics["epoch_seconds"]
+
+
+def measure_search(method: str, batch: int, numbers: str, started: float) -> dict[str, Any]:
+    """Seconds of an epoch at CIFAR-10's size, and of as many as the paper's search has."""
+    row: dict[str, Any] = {"method": method, "batch": batch, "numbers": numbers}
+    if time.monotonic() - started > SECONDS:
+        return row | {"left_out": "no time left"}
+    torch.backends.cuda.matmul.allow_tf32 = numbers == "tf32"
+    config = replace(METHODS[method].paper_config(), batch_size=batch)
+    try:
+        seconds = epoch_seconds(noise(50_000, 32, 3), METHODS[method], config, torch.device("cuda"))
+    except (RuntimeError, NASError) as error:
+        row["left_out"] = str(error).partition("\n")[0]
+    else:
+        row |= {"epoch_seconds": seconds, "search_seconds": seconds * config.epochs}
+    print(row, flush=True)
+    return row
+
+
 def measure_rates() -> dict[str, float]:
     """What this GPU can: copied GB/s, read and written; TFLOP/s of matrix products."""
     numbers = torch.empty(2**28, device="cuda")
@@ -199,23 +264,34 @@ def _seconds(run: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def write(path: Path | None, rates: dict[str, float], rows: list[dict[str, Any]]) -> None:
+def write(
+    path: Path | None,
+    rates: dict[str, float],
+    rows: list[dict[str, Any]],
+    searches: list[dict[str, Any]],
+) -> None:
     """The results as JSON and as a table beside it."""
     device = torch.cuda.get_device_name().replace(" ", "-").lower()
     path = path or RESULTS / f"gpu-{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda}
-    path.write_text(json.dumps({**about, "rates": rates, "steps": rows}, indent=2) + "\n")
+    path.write_text(
+        json.dumps({**about, "rates": rates, "steps": rows, "searches": searches}, indent=2) + "\n"
+    )
     lines = [
         "| step | batch | numbers | implementation | ms | peak MB |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        numbers = "bfloat16" if row["bfloat16"] else "float32"
         result = row.get("left_out") or f"{row['median_ms']:.2f} | {row['peak_mb']:.0f}"
         lines.append(
-            f"| {row['method']} | {row['batch']} | {numbers} | {row['implementation']} | {result} |"
+            f"| {row['method']} | {row['batch']} | {row['numbers']} | {row['implementation']} "
+            f"| {result} |"
         )
+    lines += ["", "| whole search | batch | numbers | seconds |", "|---|---|---|---|"]
+    for row in searches:
+        result = row.get("left_out") or f"{row['search_seconds']:.0f}"
+        lines.append(f"| {row['method']} | {row['batch']} | {row['numbers']} | {result} |")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print(f"written: {os.path.relpath(path)}")
 

@@ -2,6 +2,8 @@
 
 A checkpoint is one safetensors file: the JSON rides in its header, so both halves are replaced
 together. A reader sees the old file or the new one, never a mixture, whenever the writer dies.
+
+safetensors is imported where a file is: a search without a checkpoint does without it.
 """
 
 from __future__ import annotations
@@ -17,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from nas.errors import CheckpointError
@@ -65,6 +65,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: as :func:`write_atomically`.
     """
+    from safetensors.torch import save
+
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in checkpoint.tensors.items()
@@ -80,6 +82,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
     Raises:
         CheckpointError: the file is missing, truncated, altered, or no checkpoint of ours.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = file.metadata() or {}

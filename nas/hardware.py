@@ -7,6 +7,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 from nas.errors import ConfigurationError
 
@@ -33,6 +34,21 @@ def pick_device(name: str) -> torch.device:
             "counted from cuda:0"
         )
     return device
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on ``device``, without waiting for what is under way there.
+
+    A copy from memory that may be paged out, which is what ``x.to(device)`` makes, waits.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of the GPU ``device`` that no process has taken."""
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager[object]:

@@ -13,6 +13,7 @@ from nas.architecture import Skeleton
 from nas.errors import NASError
 from nas.ops.backend import AUTO, FLOAT32
 from nas.search import find_method
+from nas.search.replay import OFF
 from nas.search.sources import SQUARE_ROOT
 from nas.transfer.otdd import OTDDConfig
 from nas.transfer.supernet import BOTH
@@ -87,6 +88,7 @@ def transfer_command(
     device: o.Device = "auto",
     backend: o.Backend = AUTO,
     storage: o.Storage = FLOAT32,
+    cuda_graphs: o.CudaGraphs = OFF,
     workers: o.Workers = 0,
     parallel: o.Parallel = None,
     data: o.DataRoot = None,
@@ -140,6 +142,7 @@ def transfer_command(
             _options(context),
             backend,
             storage,
+            cuda_graphs,
         ),
     )
 
@@ -167,6 +170,7 @@ def search_command(
     device: o.Device = "auto",
     backend: o.Backend = AUTO,
     storage: o.Storage = FLOAT32,
+    cuda_graphs: o.CudaGraphs = OFF,
     workers: o.Workers = 0,
     data: o.DataRoot = None,
     fresh: o.Fresh = False,
@@ -191,7 +195,16 @@ def search_command(
     search(
         SearchSettings(asked, searcher, config, seed, warm, contribute),
         Machine(
-            device, workers, None, scale.threads, data, fresh, _options(context), backend, storage
+            device,
+            workers,
+            None,
+            scale.threads,
+            data,
+            fresh,
+            _options(context),
+            backend,
+            storage,
+            cuda_graphs,
         ),
     )
 
@@ -215,6 +228,7 @@ def pretrain_command(
     device: o.Device = "auto",
     backend: o.Backend = AUTO,
     storage: o.Storage = FLOAT32,
+    cuda_graphs: o.CudaGraphs = OFF,
     workers: o.Workers = 0,
     data: o.DataRoot = None,
     fresh: o.Fresh = False,
@@ -247,7 +261,16 @@ def pretrain_command(
             each=each,
         ),
         Machine(
-            device, workers, None, scale.threads, data, fresh, _options(context), backend, storage
+            device,
+            workers,
+            None,
+            scale.threads,
+            data,
+            fresh,
+            _options(context),
+            backend,
+            storage,
+            cuda_graphs,
         ),
     )
 

@@ -15,6 +15,7 @@ from nas.data import ImageTask, load_task
 from nas.hardware import pick_device
 from nas.observer import EpochRecord, Observer
 from nas.ops.backend import AUTO, FLOAT32
+from nas.search.replay import OFF
 from pipeline.console import Observers, ProgressObserver, counting, say
 from pipeline.settings import DataSettings
 from pipeline.steps import home
@@ -36,6 +37,7 @@ class Machine:
         options: of the command line, to be logged as parameters of the run.
         backend: of a search: "auto", "native" or "eager" (:mod:`nas.ops.backend`).
         storage: of a search's images between its cells: "float32" or "bfloat16".
+        cuda_graphs: whether a search may replay its steps from CUDA graphs: "auto" or "off".
     """
 
     device: str = "auto"
@@ -47,6 +49,7 @@ class Machine:
     options: Mapping[str, str] = field(default_factory=dict)
     backend: str = AUTO
     storage: str = FLOAT32
+    cuda_graphs: str = OFF
 
 
 @dataclass(frozen=True)

@@ -349,6 +349,16 @@ Storage = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+CudaGraphs = Annotated[
+    str,
+    typer.Option(
+        help="auto: capture the steps of a search as CUDA graphs and replay them, which spares "
+        "their thousands of launches, where they run in native kernels on a GPU and --method has "
+        "the same step every time; says whether it does. off: run every step as it is. The result "
+        "is the same.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Workers = Annotated[
     int,
     typer.Option(

@@ -15,6 +15,7 @@ from nas.ops.backend import NATIVE, STORAGES, Backend, choose
 from nas.ops.mixed import OPERATIONS
 from nas.ops.recipe import source_digest, source_folder
 from nas.search import BilevelSearch, Method, SearchConfig, SearchResult
+from nas.search.replay import CUDA_GRAPHS, OFF
 from nas.search.sources import SQUARE_ROOT
 from nas.spaces import DartsSpace
 from nas.spaces.darts import Genotype
@@ -79,10 +80,12 @@ def pick_backend(machine: Machine) -> Backend:
 
     Raises:
         ConfigurationError: the device is not there, or native kernels are wanted and not to be had.
-        UnknownNameError: there is no such backend, or no such storage.
+        UnknownNameError: there is no such backend, storage or choice of CUDA graphs.
     """
     if machine.storage not in STORAGES:
         raise UnknownNameError("storage", machine.storage, STORAGES)
+    if machine.cuda_graphs not in CUDA_GRAPHS:
+        raise UnknownNameError("choice of CUDA graphs", machine.cuda_graphs, CUDA_GRAPHS)
     backend = choose(machine.backend, pick_device(machine.device), say)
     reason = backend.reason
     if backend.name == NATIVE:  # python -m nas.ops.build tells the rest
@@ -126,7 +129,10 @@ def search_step(
             storage=job.machine.storage,
             start=start.warm_start() if start else None,
             sampling=sampling,
+            cuda_graphs=job.machine.cuda_graphs,
         )
+        step.log.set_tags({"cuda_graphs": "on" if search.graphs.used else "off"})
+        say_choices(search, job.machine)
         with watched(title, step.log) as observer:
             result = search.run(step.checkpoint, observer)
         return _keep(step, tasks, method, seed, result)
@@ -171,6 +177,16 @@ def search_step(
         epochs = config.epochs * len(config.stages)
         say(f"{title} ended after {found.epochs} of {epochs} epochs: {found.stopped}")
     return found
+
+
+def say_choices(search: BilevelSearch, machine: Machine) -> None:
+    """Say what ``search`` made of its device, where there was anything to choose."""
+    if search.device.type != "cpu":
+        for source in search.sources.each:
+            say(f"images of {source.name}: {source.train.place}")
+    if machine.cuda_graphs != OFF:
+        graphs = search.graphs
+        say(f"CUDA graphs: {'on' if graphs.used else 'off'} ({graphs.reason})")
 
 
 def _kernels(backend: Backend) -> dict[str, str]:

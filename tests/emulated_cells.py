@@ -19,12 +19,12 @@ from torch import Tensor
 
 from nas.ops import native, recipe
 from nas.ops.mixed import CellPlan, Statistics
-from nas.ops.toolchain import Cuda, find_compiler, find_ninja
+from nas.ops.toolchain import Cuda, find_compiler
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 EMULATION = Path(__file__).parent / "cuda_emulation"
-KINDS = ("double", "float", "bfloat16", "half")
+KINDS = ("double", "float", "tf32", "bfloat16", "half")
 LIBRARY = "emulated.so"
 FLAGS = (
     *("-std=c++20", "-fPIC", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
@@ -34,39 +34,37 @@ FLAGS = (
 
 def build(folder: Path, extra: tuple[str, ...] = (), program: Path | None = None) -> Path:
     """The library for torch in ``folder``, or with ``program`` an executable without torch, which
-    has the kernels of single precision alone.
+    has the kernels of single precision alone, with tensor cores and without.
 
     Only what has changed since the last build is compiled, by one process at a time.
 
     Raises:
-        NativeError: no compiler or no ninja.
-        subprocess.CalledProcessError: the sources do not compile.
+        NativeError: no compiler.
+        RuntimeError: the sources do not compile.
     """
-    compiler, ninja = find_compiler(), find_ninja()
-    none = Cuda(None, "emulated")
-    kinds = KINDS if program is None else ("float",)
-    sources = {SOURCES / f"cell_{kind}.cu": (*FLAGS, *extra) for kind in kinds}
+    compiler, none = find_compiler(), Cuda(None, "emulated")
+    kinds = KINDS if program is None else ("float", "tf32")
+    flags = (*FLAGS, *extra)
+    sources = {SOURCES / f"cell_{kind}.cu": flags for kind in kinds}
     if program is None:
         out, link = LIBRARY, ("-shared", *recipe._link_flags(none), *extra)
-        host = recipe._host_flags(compiler, none)
-        sources[EMULATION / "operators.cpp"] = (*FLAGS, *extra, *host)
+        sources[EMULATION / "operators.cpp"] = (*flags, *recipe._host_flags(compiler, none))
     else:
         out, link = program.stem, extra
-        sources[program] = (*FLAGS, *extra)
-    edges: list[str] = []
-    for source, flags in sources.items():
-        edges += recipe._edge(f"{source.name}.o", "cxx", [str(source)], flags)
-    edges += recipe._edge(out, "link", [f"{source.name}.o" for source in sources], link)
-    rules = [
-        f"rule cxx\n  command = {compiler.command[0]} $flags -MMD -MF $out.d -x c++ -c $in -o $out",
-        "  deps = gcc\n  depfile = $out.d",
-        f"rule link\n  command = {compiler.command[0]} $in $flags -o $out",
+        sources[program] = flags
+    edges = [
+        recipe.compile_edge(f"{source.name}.o", source, (*compiler.command, *own, "-x", "c++"))
+        for source, own in sources.items()
     ]
+    edges.append(recipe.link_edge(out, edges, compiler, (), link))
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "build.ninja").write_text("\n".join([*rules, *edges, f"default {out}\n"]))
-        subprocess.run([ninja, "-C", str(folder)], check=True, stdout=subprocess.DEVNULL)
+        said = folder / "build.log"
+        with said.open("w") as log:
+            status = recipe.make(edges, folder, log)
+        if status:
+            raise RuntimeError(f"the emulated kernels do not compile:\n{said.read_text()[-4000:]}")
     return folder / out
 
 

@@ -1,5 +1,6 @@
 // The backward pass of a cell: its launches.
 //
+// Second convolutions are not kept: those of a node's edges are computed again.
 // Nodes go from the last to the first, since a node's gradient is complete when all edges that leave
 // it are done; all edges into a node go together. Two sums over the batch stand in the way of a node:
 // those that normalisations of its edges' outputs need, and those between separable convolutions.
@@ -33,6 +34,7 @@ class Backward {
     }
     pool_gradient_ = take<P>(2 * plane);
     between_ = take<P>(2 * kSources * plane);
+    seconds_ = take<T>(g_.seconds());
     depthwise_ = take<P>(4 * kSources * plane);
     coefficients_ = take<P>(kEdges * kConvolutions * 3 * mixed);
     reduced_ = take<P>(kReducing * 3 * mixed);
@@ -81,8 +83,8 @@ class Backward {
     return smaller<int64_t>(kBlocks + jobs, jobs * larger(g_.node_pixels(), g_.input_pixels()));
   }
   Inputs<T> inputs() const {
-    return {g_, call_.states, call_.output, call_.kept, call_.mean, call_.reciprocal_deviation,
-            call_.weights};
+    return {g_,       call_.states, call_.output, call_.kept,
+            seconds_, call_.mean,   call_.reciprocal_deviation, call_.weights};
   }
 
   // The pools of all states once more, with the place of each maximum.
@@ -146,21 +148,20 @@ class Backward {
   // Sends the gradient of a node back through all of its edges.
   void go_back(int target) {
     added_ = {};
+    const Jobs second = second_convolutions(call_.live, target);
+    if (second.count) run_convolve<V>(inputs(), second, seconds_, (P*)nullptr, stream_);
     dot_products(target);
-    Jobs first, second;
+    Jobs first;
     for (int s = 0; s < target; ++s) {
       const int edge = edge_of(s, target);
       for (const int c : {kSep3A, kSep5A, kDilated3, kDilated5}) {
         if (live(edge)[operation_of(c)]) first.add(edge, c);
       }
-      for (const int c : {kSep3B, kSep5B}) {
-        if (live(edge)[operation_of(c)]) second.add(edge, c);
-      }
     }
     pointwise_gradients(second, target, 1);
-    depthwise_gradients(second, target, true);
+    depthwise_gradients(second, true);
     pointwise_gradients(first, target, 0);
-    depthwise_gradients(first, target, false);
+    depthwise_gradients(first, false);
     skips(target);
     add_up();
   }
@@ -196,13 +197,14 @@ class Backward {
       for (int operation = kSep3; operation <= kDil5; ++operation) {
         if (!live(edge)[operation]) continue;
         const int c = last_convolution(operation);
-        add(s, operation, call_.kept + g_.convolution(edge, c), channels(),
+        add(s, operation, inputs().plane(edge, c).at, channels(),
             shape().convolution_statistics(edge, c));
       }
     }
     const int chunks = chunks_for(divide_up(g_.plane(), kNumbers), target);
-    launch(dots<T, V>, {unsigned(chunks), unsigned(target), 1},
-           kThreads * V * int64_t(sizeof(P)), stream_, work);
+    constexpr int kTogether = V < 4 ? V : 4;  // a thread has no registers for the sums of eight
+    launch(dots<T, kTogether>, {unsigned(chunks), unsigned(target), 1},
+           kThreads * kTogether * int64_t(sizeof(P)), stream_, work);
     settle.g = g_;
     settle.target = target;
     settle.chunks = chunks;
@@ -250,7 +252,7 @@ class Backward {
     }
   }
 
-  void depthwise_gradients(const Jobs& jobs, int target, bool second) {
+  void depthwise_gradients(const Jobs& jobs, bool second) {
     if (!jobs.count) return;
     DepthwiseGradient<T> work;
     work.in = inputs();
@@ -475,6 +477,7 @@ class Backward {
   uint8_t* largest_[kSources];
   P* pool_gradient_;
   P* between_;                         // see ConvolutionGradient
+  T* seconds_;                         // second convolutions of a node, once more
   P* depthwise_;
   P* coefficients_;
   P* reduced_;

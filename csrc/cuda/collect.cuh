@@ -230,7 +230,7 @@ struct PointwiseBack {
     *in = arena.take<Sum<T>>(tile);
     *back = arena.take<Sum<T>>(larger(tile, int64_t(matrices ? kOuter : 0)));
     *out = arena.take<Sum<T>>(int64_t(rows) * row_pitch(outputs + 3));
-    *staged = arena.take<Sum<T>>(kDepth * round_up(inputs, 4));
+    *staged = arena.take<Sum<T>>(staged_numbers(inputs));
     return arena.used();
   }
 };
@@ -249,7 +249,7 @@ NAS_KERNEL_OF(T)
   const bool wanted = call.write[number] || call.add[number];
   A* partial = call.matrices + call.matrices_at[number] +
                int64_t(blockIdx.x) * job.inputs * job.outputs;
-  MatrixGradient<A> halves[2] = {
+  MatrixGradient<T> halves[2] = {
       {job.inputs, job.last(0), job.outputs, partial},
       {job.inputs, job.outputs - job.first(1), job.outputs, partial + job.first(1)}};
   clear_padding(in, call.rows, job.inputs, in_pitch);
@@ -274,7 +274,7 @@ NAS_KERNEL_OF(T)
       __syncthreads();
       if (call.matrices) halves[half].add(in, in_pitch, from, out_pitch, call.rows);
       if (wanted) {
-        product(from, out_pitch, call.rows, columns, job.inputs,
+        product<T>(from, out_pitch, call.rows, columns, job.inputs,
                 [&](int k, int c) { return job.weights[c * job.outputs + first + k]; }, staged,
                 back, in_pitch);
         for (int i = int(threadIdx.x); i < count * job.inputs; i += kThreads) {

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "product.cuh"
 #include "statistics.cuh"
 
 namespace nas::cuda {
@@ -38,12 +39,14 @@ template <typename T>
 struct Inputs {
   Geometry g;
   const T *states, *output;   // see cell.h
-  const T* kept;              // planes of all convolutions
+  const T *kept, *seconds;    // planes of first convolutions, and of second ones of one node
   const Sum<T>*mean, *reciprocal_deviation;
   const Sum<T>* weights;
 
   NAS_DEVICE Plane<const T> plane(int edge, int convolution) const {
-    return {kept + g.convolution(edge, convolution), g.channels()};
+    return {is_second(convolution) ? seconds + g.second_convolution(edge, convolution)
+                                   : kept + g.first_convolution(edge, convolution),
+            g.channels()};
   }
   // Calls f(reader) with what gives the input of a convolution.
   template <typename F>
@@ -102,7 +105,7 @@ struct ConvolveMemory {
     ConvolveMemory memory;
     memory.scratch = arena.take<A>(larger(input, tile));
     memory.depthwise = arena.take<A>(tile);
-    memory.staged = arena.take<A>(kDepth * round_up(channels, 4));
+    memory.staged = arena.take<A>(staged_numbers(channels));
     memory.moments = Moments<A>::take(arena, channels, vector);
     return memory;
   }
@@ -115,7 +118,7 @@ struct Convolve {
   Jobs jobs;
   Tiling tiling;
   int64_t input;     // numbers of the largest input of a tile
-  T* to;             // planes of all convolutions
+  T* to;             // planes of first convolutions, or of second ones
   Sum<T>* moments;   // of each job, or null where nobody asks
 };
 
@@ -128,7 +131,8 @@ NAS_KERNEL_ALONE convolve(const __grid_constant__ Convolve<T> call) {
   Arena arena(shared_memory());
   const auto memory = ConvolveMemory<A>::take(arena, t, call.input, channels, V);
   const A* matrix = call.in.weights + matrix_at(call.in.g, edge, convolution);
-  T* to = call.to + call.in.g.convolution(edge, convolution);
+  T* to = call.to + (is_second(convolution) ? call.in.g.second_convolution(edge, convolution)
+                                            : call.in.g.first_convolution(edge, convolution));
   const Share share = Share::of(channels, V);
   const Span span = Span::of(t.tiles(), int(gridDim.x), int(blockIdx.x));
 
@@ -139,7 +143,7 @@ NAS_KERNEL_ALONE convolve(const __grid_constant__ Convolve<T> call) {
     const Tile tile = Tile::of(t, index);
     depthwise_outputs<V>(call.in, edge, convolution, t, tile, memory.scratch, memory.depthwise,
                          pitch);
-    product(memory.depthwise, pitch, t.pixels(), channels, channels,
+    product<T>(memory.depthwise, pitch, t.pixels(), channels, channels,
             [&](int k, int c) { return matrix[k * channels + c]; }, memory.staged, memory.scratch,
             pitch);
     if (index == span.first) {

@@ -3,7 +3,7 @@
 // A normalisation needs the whole batch before its first number, so convolutions end a launch. Few
 // launches do the work of many edges: all edges that leave the two inputs are ready at once, eight
 // of the fourteen, and then all that leave the node before. So there are four rounds of first
-// convolutions, with pools; second convolutions; and one node.
+// convolutions, with pools; second convolutions of the edges into one node; and that node.
 
 #pragma once
 
@@ -73,6 +73,36 @@ Pointwise<T> reduction(const Geometry& g, const T* states, const P* weights, int
           weights + reduce_at(g, reducing_slot(s, target_of(edge)))};
 }
 
+// The second convolutions of the edges into a node.
+inline Jobs second_convolutions(const bool (&live)[kEdges][kOperations], int target) {
+  Jobs jobs;
+  for (int s = 0; s < target; ++s) {
+    const int edge = edge_of(s, target);
+    for (const int c : {kSep3B, kSep5B}) {
+      if (live[edge][operation_of(c)]) jobs.add(edge, c);
+    }
+  }
+  return jobs;
+}
+
+// One launch of convolutions, which are all first ones or all second ones; returns the blocks of
+// each, which leave `moments` where it is not null.
+template <int V, typename T>
+int run_convolve(const Inputs<T>& in, const Jobs& jobs, T* to, Sum<T>* moments, Stream stream) {
+  Convolve<T> work{in, jobs, {}, 0, to, moments};
+  const auto bytes = [&](const Tiling& t) {
+    Arena arena(nullptr);
+    ConvolveMemory<Sum<T>>::take(arena, t, largest_input(in, jobs, t), in.g.channels(), V);
+    return arena.used();
+  };
+  work.tiling = plan_nodes(in.g, bytes);
+  work.input = largest_input(in, jobs, work.tiling);
+  const int chunks = chunks_for(work.tiling.tiles(), jobs.count);
+  launch(convolve<T, V>, {unsigned(chunks), unsigned(jobs.count), 1}, bytes(work.tiling), stream,
+         work);
+  return chunks;
+}
+
 template <typename T, int V>
 class Forward {
  public:
@@ -81,6 +111,7 @@ class Forward {
   Forward(const CellForward<T, P>& call, void* workspace, Stream stream)
       : call_(call), g_{call.shape}, stream_(stream), arena_(workspace) {
     kept_ = call.kept ? call.kept : arena_.template take<T>(g_.kept());
+    seconds_ = arena_.template take<T>(g_.seconds());
     for (auto& pooled : pools_) pooled = arena_.template take<T>(2 * g_.plane());
     const int64_t most = larger(shape().channels, int64_t(1)) * 3;
     // no launch has more jobs than kEdges * kConvolutions, or more blocks than that and kBlocks
@@ -100,7 +131,7 @@ class Forward {
       first_convolutions(first, target);
       pools(first, target);
       reductions(target);
-      second_convolutions(first, target);
+      convolve_all(second_convolutions(call_.live, target), seconds_);
       make_node(target);
     }
   }
@@ -110,8 +141,8 @@ class Forward {
   const bool* live(int edge) const { return call_.live[edge]; }
   P* moments() const { return call_.training ? moments_ : nullptr; }
   Inputs<T> inputs() const {
-    return {g_, call_.states, call_.output, kept_, call_.mean, call_.reciprocal_deviation,
-            call_.weights};
+    return {g_,      call_.states, call_.output, kept_,
+            seconds_, call_.mean,   call_.reciprocal_deviation, call_.weights};
   }
 
   void settle(const Settles& settles) {
@@ -165,23 +196,9 @@ class Forward {
            stream_, g_, call_.states, (const P*)call_.mean, (const P*)call_.reciprocal_deviation);
   }
 
-  void convolve_all(const Jobs& jobs) {
+  void convolve_all(const Jobs& jobs, T* to) {
     if (!jobs.count) return;
-    Convolve<T> work;
-    work.in = inputs();
-    work.jobs = jobs;
-    work.to = kept_;
-    work.moments = moments();
-    const auto bytes = [&](const Tiling& t) {
-      Arena arena(nullptr);
-      ConvolveMemory<P>::take(arena, t, largest_input(work.in, jobs, t), g_.channels(), V);
-      return arena.used();
-    };
-    work.tiling = plan_nodes(g_, bytes);
-    work.input = largest_input(work.in, jobs, work.tiling);
-    const int chunks = chunks_for(work.tiling.tiles(), jobs.count);
-    launch(convolve<T, V>, {unsigned(chunks), unsigned(jobs.count), 1}, bytes(work.tiling), stream_,
-           work);
+    const int chunks = run_convolve<V>(inputs(), jobs, to, moments(), stream_);
     Settles settles;
     for (int i = 0; i < jobs.count; ++i) {
       settles.add({moments_numbers(i * chunks, g_.channels()),
@@ -206,16 +223,7 @@ class Forward {
         if (live(edge)[operation_of(c)]) jobs.add(edge, c);
       }
     });
-    convolve_all(jobs);
-  }
-  void second_convolutions(int first, int target) {
-    Jobs jobs;
-    for_fresh(first, target, [&](int edge) {
-      for (const int c : {kSep3B, kSep5B}) {
-        if (live(edge)[operation_of(c)]) jobs.add(edge, c);
-      }
-    });
-    convolve_all(jobs);
+    convolve_all(jobs, kept_);
   }
 
   void pools(int first, int target) {
@@ -286,7 +294,7 @@ class Forward {
       for (int operation = kSep3; operation <= kDil5; ++operation) {
         if (!live(edge)[operation]) continue;
         const int c = last_convolution(operation);
-        work.add({kept_ + g_.convolution(edge, c), channels}, place + operation,
+        work.add(inputs().plane(edge, c), place + operation,
                  shape().convolution_statistics(edge, c));
       }
     }
@@ -302,7 +310,7 @@ class Forward {
   Geometry g_;
   Stream stream_;
   Arena arena_;
-  T* kept_;
+  T *kept_, *seconds_;
   T* pools_[kSources];
   P* moments_;
 };

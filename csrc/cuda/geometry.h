@@ -16,6 +16,8 @@ struct Plane {
   NAS_BOTH T* pixel(int64_t p) const { return at + p * pitch; }
 };
 
+constexpr int kFirst = 4;  // of an edge's convolutions read its state
+
 struct Geometry {
   CellShape shape;
 
@@ -38,12 +40,16 @@ struct Geometry {
     if (s < 2) return {states + s * input_pixels() * shape.channels, shape.channels};
     return {output + (s - 2) * shape.channels, kNodes * shape.channels};
   }
-  // Planes that a forward pass keeps: all convolutions before their normalisation.
-  NAS_BOTH int64_t convolution(int edge, int which) const {
-    return (edge * kConvolutions + which) * plane();
+  // Planes that a forward pass keeps: convolutions before their normalisation, but for the second
+  // ones of an edge.
+  NAS_BOTH int64_t first_convolution(int edge, int which) const {
+    return (edge * kFirst + (which < kDilated3 ? which / 2 : which - 2)) * plane();
   }
-  NAS_BOTH int64_t reduced(int slot) const { return (kEdges * kConvolutions + slot) * plane(); }
+  NAS_BOTH int64_t reduced(int slot) const { return (kEdges * kFirst + slot) * plane(); }
   NAS_BOTH int64_t kept() const { return reduced(shape.reduction ? kReducing : 0); }
+  // Planes of the second ones of the edges into one node, which either pass computes for itself.
+  NAS_BOTH int64_t second_convolution(int edge, int which) const;
+  NAS_BOTH int64_t seconds() const { return 2 * kSources * plane(); }
 };
 
 // The depthwise part of a convolution.
@@ -89,6 +95,10 @@ NAS_BOTH int operation_of(int convolution) {
 }
 NAS_BOTH bool is_second(int convolution) {
   return convolution == kSep3B || convolution == kSep5B;
+}
+
+NAS_BOTH int64_t Geometry::second_convolution(int edge, int which) const {
+  return (2 * source_of(edge) + which / 2) * plane();
 }
 
 // Convolutions of one launch: a block finds its own by blockIdx.y.

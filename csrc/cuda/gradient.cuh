@@ -62,7 +62,7 @@ struct GradientMemory {
     memory.scratch = arena.take<A>(matrices ? larger(larger(input, tile), int64_t(kOuter)) : tile);
     memory.depthwise = arena.take<A>(matrices ? tile : 0);
     memory.gradient = arena.take<A>(tile);
-    memory.staged = arena.take<A>(kDepth * round_up(channels, 4));
+    memory.staged = arena.take<A>(staged_numbers(channels));
     return memory;
   }
 };
@@ -83,7 +83,7 @@ NAS_KERNEL_ALONE
   const Coefficients<A> coefficients = call.coefficients_of(edge, convolution);
   A* to = call.depthwise + blockIdx.y * call.in.g.plane();
   const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
-  MatrixGradient<A> sums(channels, channels, channels,
+  MatrixGradient<T> sums(channels, channels, channels,
                          call.matrices + block * channels * channels);
   const int across = channels / V;
   const Span span = Span::of(t.tiles(), int(gridDim.x), int(blockIdx.x));
@@ -110,7 +110,7 @@ NAS_KERNEL_ALONE
                            pitch);
       sums.add(memory.depthwise, pitch, memory.gradient, pitch, t.pixels());
     }
-    product(memory.gradient, pitch, t.pixels(), channels, channels,
+    product<T>(memory.gradient, pitch, t.pixels(), channels, channels,
             [&](int k, int c) { return matrix[c * channels + k]; }, memory.staged, memory.scratch,
             pitch);
     for (int i = int(threadIdx.x); i < t.pixels() * across; i += kThreads) {

@@ -1,4 +1,4 @@
-// The kernels of a GPU, for all four kinds of numbers that images are stored in: double, float,
+// The kernels of a GPU, for all kinds of numbers that images are stored in: double, float, Tf32,
 // BFloat16 and Half.
 
 #pragma once

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "device.h"
 
@@ -13,6 +14,10 @@ struct BFloat16 {
 };
 struct Half {
   uint16_t bits;
+};
+// Single precision, but for the factors of products of matrices.
+struct Tf32 {
+  float value;
 };
 
 // What a stored number is computed and accumulated in; parameters are stored in it, too.
@@ -28,11 +33,16 @@ template <>
 struct SumOf<Half> {
   using type = float;
 };
+template <>
+struct SumOf<Tf32> {
+  using type = float;
+};
 template <typename T>
 using Sum = typename SumOf<T>::type;
 
 NAS_DEVICE double widen(double x) { return x; }
 NAS_DEVICE float widen(float x) { return x; }
+NAS_DEVICE float widen(Tf32 x) { return x.value; }
 
 #if defined(__CUDA_ARCH__)
 
@@ -91,6 +101,11 @@ inline void narrow(float x, Half& to) {
 
 NAS_DEVICE void narrow(double x, double& to) { to = x; }
 NAS_DEVICE void narrow(float x, float& to) { to = x; }
+NAS_DEVICE void narrow(float x, Tf32& to) { to.value = x; }
+
+// Whether tensor cores multiply matrices: wherever numbers need not be exact to single precision.
+template <typename T>
+constexpr bool kOnTensorCores = !std::is_same_v<T, Sum<T>>;
 
 template <typename T>
 NAS_DEVICE Sum<T> load(const T* at) {

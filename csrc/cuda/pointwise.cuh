@@ -73,7 +73,7 @@ struct PointwiseForward {
     }
     *in = arena.take<Sum<T>>(int64_t(rows) * row_pitch(inputs));
     *out = arena.take<Sum<T>>(int64_t(rows) * row_pitch(outputs + 3));
-    *staged = arena.take<Sum<T>>(kDepth * round_up(outputs, 4));
+    *staged = arena.take<Sum<T>>(staged_numbers(outputs));
     *sums = Moments<Sum<T>>::take(arena, outputs, vector);
     return arena.used();
   }
@@ -100,7 +100,7 @@ NAS_KERNEL_OF(T)
       const int first = job.first(half), columns = job.last(half) - first;
       if (!columns) continue;  // half of one
       job.template load_rows<V>(half, start, call.rows, count, in, in_pitch);
-      product(in, in_pitch, call.rows, job.inputs, columns,
+      product<T>(in, in_pitch, call.rows, job.inputs, columns,
               [&](int k, int c) { return job.weights[k * job.outputs + first + c]; }, staged,
               out + job.column(first), out_pitch);
     }

@@ -1,5 +1,4 @@
-// Tiles in shared memory: planning them, loading them, and the two halves of a separable
-// convolution on them.
+// Tiles in shared memory: planning them, loading them, and depthwise convolutions of them.
 
 #pragma once
 
@@ -11,7 +10,6 @@
 namespace nas::cuda {
 
 constexpr int kSide = 4;      // a thread takes 4 x 4 outputs of a depthwise convolution or a product
-constexpr int kDepth = 16;    // rows of a matrix that are in shared memory at once
 constexpr int kNumbers = 4096;  // of a tile, pixels times channels: 16 for each thread
 
 // Division by a number that is known at launch: exact below 2^16.
@@ -190,74 +188,6 @@ NAS_DEVICE void depthwise_tile(const Region& region, const Tiling& t, const Step
     depthwise_tile<5, 2>(region, t, steps, 1, from, slab, weights, apart, to, pitch);
   } else {
     depthwise_tile<5, 1>(region, t, steps, steps.dilation, from, slab, weights, apart, to, pitch);
-  }
-}
-
-// Four numbers of shared memory that lie together.
-template <typename A>
-struct alignas(16) Quad {
-  A value[4];
-};
-template <typename A>
-NAS_DEVICE Quad<A> quad(const A* at) {
-  return *reinterpret_cast<const Quad<A>*>(at);
-}
-
-// out[row][column] = sum over k of in[row][k] weight(k, column), for `rows` rows. `in` has zeros in
-// columns `inputs` up to the next multiple of 4; `staged` is kDepth rows of scratch. The threads
-// meet before `in` is read and after `out` is written.
-template <typename A, typename Weight>
-NAS_DEVICE void product(const A* in, int in_pitch, int rows, int inputs, int outputs,
-                        const Weight& weight, A* staged, A* out, int out_pitch) {
-  const int across = (outputs + 3) / 4, down = (rows + 3) / 4, wide = across * 4;
-  for (int start = 0; start < across * down; start += kThreads) {
-    const int item = start + int(threadIdx.x);
-    const bool mine = item < across * down;
-    const int column = item % across * 4, row = item / across;
-    const A* from[4];
-    NAS_UNROLL for (int i = 0; i < 4; ++i) {
-      from[i] = in + smaller(row + i * down, rows - 1) * in_pitch;
-    }
-    A sum[4][4] = {};
-    for (int first = 0; first < inputs; first += kDepth) {
-      const int depth = smaller(kDepth, round_up(inputs - first, 4));
-      __syncthreads();
-      for (int i = int(threadIdx.x); i < depth * wide; i += kThreads) {
-        const int k = first + i / wide, c = i % wide;
-        staged[i] = k < inputs && c < outputs ? weight(k, c) : A(0);
-      }
-      __syncthreads();
-      if (!mine) continue;
-      for (int k = 0; k < depth; k += 4) {
-        Quad<A> left[4];
-        NAS_UNROLL for (int i = 0; i < 4; ++i) left[i] = quad(from[i] + first + k);
-        NAS_UNROLL for (int part = 0; part < 4; ++part) {
-          const Quad<A> right = quad(staged + (k + part) * wide + column);
-          NAS_UNROLL for (int i = 0; i < 4; ++i) {
-            NAS_UNROLL for (int j = 0; j < 4; ++j) {
-              sum[i][j] += left[i].value[part] * right.value[j];
-            }
-          }
-        }
-      }
-    }
-    if (!mine) continue;
-    NAS_UNROLL for (int i = 0; i < 4; ++i) {
-      if (row + i * down >= rows) continue;
-      Quad<A> four;
-      NAS_UNROLL for (int j = 0; j < 4; ++j) four.value[j] = sum[i][j];
-      *reinterpret_cast<Quad<A>*>(out + (row + i * down) * out_pitch + column) = four;
-    }
-  }
-  __syncthreads();
-}
-
-// Zeros in the columns between `channels` and the next multiple of 4.
-template <typename A>
-NAS_DEVICE void clear_padding(A* tile, int rows, int channels, int pitch) {
-  const int extra = round_up(channels, 4) - channels;
-  for (int i = int(threadIdx.x); i < rows * extra; i += kThreads) {
-    tile[i / extra * pitch + channels + i % extra] = A(0);
   }
 }
 

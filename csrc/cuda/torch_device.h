@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <ATen/Context.h>
 #include <c10/core/ScalarType.h>
 
 #include "../operators.h"
@@ -23,7 +24,8 @@ struct TorchDevice {
   static void dispatch(at::ScalarType type, F&& f) {
     switch (type) {
       case at::kDouble: return f(double(), double());
-      case at::kFloat: return f(float(), float());
+      case at::kFloat:  // torch.backends.cuda.matmul.allow_tf32
+        return at::globalContext().allowTF32CuBLAS() ? f(Tf32(), float()) : f(float(), float());
       case at::kBFloat16: return f(BFloat16(), float());
       default: return f(Half(), float());
     }

@@ -2,6 +2,7 @@
 
 Shapes: B images of H x W pixels and C channels, laid out [B, H, W, C] so that a permuted view is
 channels-last. Random numbers are drawn on the CPU and moved, so that every device augments alike.
+Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nas.errors import ConfigurationError
+from nas.hardware import to_device
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Augmentation:
 
 def draw_integers(count: int, high: int, rng: torch.Generator, device: torch.device) -> Tensor:
     """int64 [count], uniform in 0 .. high - 1."""
-    return torch.randint(high, (count,), generator=rng).to(device)
+    return to_device(torch.randint(high, (count,), generator=rng), device)
 
 
 def shift_and_flip(
@@ -98,10 +100,12 @@ def jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Ten
     ImageNet recipe of some papers turns as well, stays.
     """
 
+    luma = to_device(torch.tensor(_LUMA, dtype=images.dtype), images.device)
+
     def grey(x: Tensor) -> Tensor:
         if x.shape[3] == 1:
             return x
-        return (x * x.new_tensor(_LUMA)).sum(dim=3, keepdim=True)
+        return (x * luma).sum(dim=3, keepdim=True)
 
     def blend(x: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
         weight = factor[:, None, None, None]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,10 +20,13 @@ from nas.data.augment import (
     resized_crop,
     shift_and_flip,
 )
-from nas.data.files import FileImages, fit, to_tensor
+from nas.data.files import FileImages, fit, stretch, to_tensor
 from nas.data.task import ImageStore, ImageTask
 from nas.errors import ConfigurationError, DataError
+from nas.hardware import free_memory, to_device
 from nas.randomness import generator
+
+SHARE = 4  # a set on a GPU takes at most one in so many of the bytes that are free there
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +44,11 @@ class Batches:
     Every batch is a pure function of (task digest, indices, seed, stream, epoch, batch number):
     a run that goes on from its checkpoint in the middle of an epoch sees what it would have seen.
 
-    Sets in memory are held on ``device``; sets in files are decoded by ``workers`` processes
-    (0: in this one). Where the set is smaller than ``batch_size``, batches shrink to the set, so
-    that ``drop_last`` never leaves an epoch without a batch.
+    Sets in memory are held on ``device``, unless they take more than a quarter of what is free
+    there; sets in files are decoded by ``workers`` processes (0: in this one). Wherever they lie,
+    images are augmented on ``device``, which is never waited for. Where the set is smaller than
+    ``batch_size``, batches shrink to the set, so that ``drop_last`` never leaves an epoch without
+    a batch. ``place`` says where the images lie, for people.
 
     Args:
         indices: image numbers, int64 [n], usually one of ``task.splits``.
@@ -92,8 +97,13 @@ class Batches:
             crop = self._augmentation.random_resized_crop
             pin = self._device.type == "cuda"
             self._source = _Streamed(task.images, indices, seed, stream, crop, workers, pin)
-        else:
+            self.place = "in files"
+        elif _fits(len(indices) * math.prod(task.images.shape), self._device):
             self._source = _Resident(task.images, indices, self._device)
+            self.place = f"on the {self._device.type}"
+        else:
+            self._source = _Resident(task.images, indices, torch.device("cpu"))
+            self.place = f"in memory, too many for the {self._device.type}'s"
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -106,19 +116,21 @@ class Batches:
             order = torch.randperm(self._count, generator=rng)
         else:
             order = torch.arange(self._count)
-        chunks = order[: self.images_per_epoch].split(self.batch_size)[start:]
+        order = order[: self.images_per_epoch]
+        labels = self._labels[to_device(order, self._device)].split(self.batch_size)[start:]
+        chunks = order.split(self.batch_size)[start:]
         loaded = self._source.load(chunks, epoch, start * self.batch_size)
-        for number, (chunk, pixels) in enumerate(zip(chunks, loaded, strict=True), start):
+        for number, (own, pixels) in enumerate(zip(labels, loaded, strict=True), start):
             rng = generator(self._seed, self._stream, "augment", epoch, number)
-            images = self._prepare(pixels.to(self._device, non_blocking=True), rng)
-            yield Batch(images.permute(0, 3, 1, 2), self._labels[chunk.to(self._device)])
+            images = self._prepare(to_device(pixels, self._device), rng)
+            yield Batch(images.permute(0, 3, 1, 2), own)
 
     def _prepare(self, pixels: Tensor, rng: torch.Generator) -> Tensor:
         """float32 [B, H, W, C], augmented and normalised, of uint8 ``pixels`` [B, H, W, C]."""
         wanted, device = self._augmentation, self._device
         count, height, width = pixels.shape[:3]
         if wanted.random_resized_crop and self._source.resident:
-            boxes = crop_boxes(count, height, width, rng).to(device)
+            boxes = to_device(crop_boxes(count, height, width, rng), device)
             pixels = resized_crop(pixels.float(), boxes)  # still 0..255, no longer whole numbers
         if wanted.crop_padding or wanted.flip:
             span = 2 * wanted.crop_padding + 1
@@ -129,13 +141,18 @@ class Batches:
         images = pixels.float() / 255
         if wanted.color_jitter:
             factors = 1 + (torch.rand(3, count, generator=rng) * 2 - 1) * wanted.color_jitter
-            images = jitter(images, *factors.to(device))
+            images = jitter(images, *to_device(factors, device))
         images = (images - self._mean) / self._std
         if wanted.cutout:
             rows = draw_integers(count, height, rng, device)
             columns = draw_integers(count, width, rng, device)
             images = cut_out(images, rows, columns, wanted.cutout)
         return images
+
+
+def _fits(size: int, device: torch.device) -> bool:
+    """Whether ``size`` bytes of images may lie on ``device``."""
+    return device.type == "cpu" or SHARE * size <= free_memory(device)
 
 
 class _Source(Protocol):
@@ -148,16 +165,17 @@ class _Source(Protocol):
 
 
 class _Resident:
-    """A set in memory, moved to the device once."""
+    """A set in the memory of ``home``."""
 
     resident = True
 
-    def __init__(self, images: ImageStore, indices: Tensor, device: torch.device) -> None:
-        self._pixels = images.gather(indices).permute(0, 2, 3, 1).contiguous().to(device)
+    def __init__(self, images: ImageStore, indices: Tensor, home: torch.device) -> None:
+        self._home = home
+        self._pixels = images.gather(indices).permute(0, 2, 3, 1).contiguous().to(home)
 
     def load(self, chunks: Sequence[Tensor], epoch: int, first: int) -> Iterator[Tensor]:
         for chunk in chunks:
-            yield self._pixels[chunk.to(self._pixels.device)]
+            yield self._pixels[to_device(chunk, self._home)]
 
 
 class _Streamed:
@@ -220,7 +238,7 @@ class _Decoding(Dataset):
         rng = generator(self._seed, self._crop_stream, "crop", self._epoch, place)
         top, left, tall, wide = crop_boxes(1, image.height, image.width, rng)[0].tolist()
         box = (left, top, left + wide, top + tall)
-        return to_tensor(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
+        return to_tensor(stretch(image, box, height, width))
 
 
 def _stack(images: list[Tensor | DataError]) -> Tensor | DataError:

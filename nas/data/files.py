@@ -1,4 +1,7 @@
-"""Images in files: their headers, their decoding, and a store that decodes on demand."""
+"""Images in files: their headers, their decoding, and a store that decodes on demand.
+
+Pillow is imported where a file is read: sets in memory do without (make gpu-check).
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,17 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from nas.data.task import ImageStore, TensorImages
 from nas.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 RESIDENT_BYTES = 2 * 2**30  # decoded sets up to this size live in memory
 MAX_DEFAULT_SIZE = 224  # pixels a side, where the user names none
@@ -41,6 +46,7 @@ def map_images(
 
     Raises one DataError with the number and the first names of all that failed.
     """
+    from PIL import UnidentifiedImageError
 
     def attempt(item: _T) -> tuple[_R | None, str | None]:
         try:
@@ -83,6 +89,8 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Header of one file, its whole content hashed and its structure verified by Pillow."""
+    from PIL import Image
+
     content = path.read_bytes()
     with Image.open(io.BytesIO(content)) as image:
         width, height = image.size
@@ -97,6 +105,8 @@ def read_header(path: Path) -> Header:
 
 def read_image(path: Path, channels: int) -> Image.Image:
     """A file decoded to 8 bits, upright, on white where it is transparent; mode L or RGB."""
+    from PIL import Image, ImageOps
+
     with Image.open(path) as opened:
         image = ImageOps.exif_transpose(opened)
         image.load()
@@ -111,9 +121,20 @@ def read_image(path: Path, channels: int) -> Image.Image:
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     """Scaled, antialiased, until it covers (height, width), then cropped at the centre."""
+    from PIL import Image, ImageOps
+
     if image.size == (width, height):
         return image
     return ImageOps.fit(image, (width, height), method=Image.Resampling.BILINEAR)
+
+
+def stretch(
+    image: Image.Image, box: tuple[int, int, int, int], height: int, width: int
+) -> Image.Image:
+    """The part of ``image`` in ``box`` (left, top, right, bottom), scaled to (height, width)."""
+    from PIL import Image
+
+    return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -1,8 +1,8 @@
 """The supernet's cell in C++ (csrc/): one call a cell and direction.
 
 :func:`mixed_cell` has the signature and the numbers of its eager twin in :mod:`nas.ops.mixed`. It
-keeps the states and the statistics of a cell for the backward pass and computes the rest again,
-which is faster than reading it back from memory, and pays for no gradient that nobody asks for.
+keeps states, statistics and convolutions of a cell for the backward pass, computes the rest again
+and pays for no gradient that nobody asks for.
 """
 
 from __future__ import annotations
@@ -125,9 +125,11 @@ def _kept_numbers(pixels: int, images: int, channels: int, reduction: bool, lane
     """Size of what a forward pass keeps (csrc/cpu/edge.h, Kept): planes of all convolutions.
 
     ``lanes`` channels of an image lie together, or with fewer channels, those of several images
-    (csrc/cpu/layout.h, Layout). A GPU has no such lanes: 1.
+    (csrc/cpu/layout.h, Layout). A GPU has no such lanes, 1, and does not keep the second ones of
+    the separable convolutions (csrc/cuda/geometry.h).
     """
-    convolutions = 6 * len(EDGES) + (len(REDUCING) if reduction else 0)
+    each = 4 if lanes == 1 else 6
+    convolutions = each * len(EDGES) + (len(REDUCING) if reduction else 0)
     if channels >= lanes:
         return convolutions * pixels * lanes * -(-channels // lanes)
     together = lanes // (1 << (channels - 1).bit_length())

@@ -6,7 +6,7 @@ where there is none.
 
 Every file has its own flags, for the kernels are compiled once per instruction set and one binary
 runs on all of them. ``torch.utils.cpp_extension`` compiles all files alike, so it gives the paths
-and ninja does the rest.
+and ninja does the rest, or what stands in for it where it is missing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from nas.errors import NativeError
 from nas.ops.toolchain import (
@@ -73,22 +75,6 @@ NVCC_FLAGS = (
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 )
 
-BUILD_FILE = """\
-ninja_required_version = 1.8
-rule cxx
-  command = {cxx} $flags -MMD -MF $out.d -c $in -o $out
-  deps = gcc
-  depfile = $out.d
-rule nvcc
-  command = {nvcc} $flags -MD -MF $out.d -c $in -o $out
-  deps = gcc
-  depfile = $out.d
-rule link
-  command = {cxx} -shared $in $flags -o $out
-{edges}
-default {library}
-"""
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -100,11 +86,20 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Edge:
+    """One file to make, by a command that also writes what it read to ``out`` + ".d"; the file
+    that all others are linked into is made by one that does not."""
+
+    out: str
+    inputs: tuple[str, ...]
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """A build that lacks nothing."""
 
-    ninja: str  # the program
-    text: str  # of its build.ninja
+    edges: tuple[Edge, ...]  # the last links the others
     digest: str  # of the sources
     summary: str  # what is built, in one line
 
@@ -224,27 +219,80 @@ def _link_flags(cuda: Cuda) -> tuple[str, ...]:
     return tuple(flags)
 
 
-def ninja_file(sources: Path, compiler: Compiler, cuda: Cuda) -> str:
-    """The text of build.ninja, which makes ``FILE`` in its own folder."""
-    edges, objects = [], []
-    for unit in units(sources, compiler, cuda):
-        relative = unit.source.relative_to(sources).as_posix()
-        objects.append(f"{relative}.o")
-        edges += _edge(objects[-1], unit.rule, [str(unit.source)], unit.flags)
-    edges += _edge(FILE, "link", objects, _link_flags(cuda))
-    nvcc = str(cuda.home / "bin" / "nvcc") if cuda.home else "nvcc"
+def edges_of(sources: Path, compiler: Compiler, cuda: Cuda) -> list[Edge]:
+    """What makes ``FILE`` in the folder that it is run in."""
     program = next(word for word in reversed(compiler.command) if not word.startswith("-"))
-    return BUILD_FILE.format(
-        cxx=_escape(shlex.join(compiler.command)),
-        nvcc=_escape(shlex.join([nvcc, "-ccbin", program])),
-        edges="\n".join(edges),
-        library=FILE,
-    )
+    nvcc = (str(cuda.home / "bin" / "nvcc"), "-ccbin", program) if cuda.home else ()
+    edges = []
+    for unit in units(sources, compiler, cuda):
+        command = nvcc if unit.rule == "nvcc" else compiler.command
+        out = f"{unit.source.relative_to(sources).as_posix()}.o"
+        edges.append(compile_edge(out, unit.source, (*command, *unit.flags)))
+    return [*edges, link_edge(FILE, edges, compiler, ("-shared",), _link_flags(cuda))]
 
 
-def _edge(out: str, rule: str, inputs: Sequence[str], flags: Sequence[str]) -> list[str]:
-    names = " ".join(_escape(name).replace(" ", "$ ").replace(":", "$:") for name in inputs)
-    return [f"build {out}: {rule} {names}", f"  flags = {_escape(shlex.join(flags))}"]
+def compile_edge(out: str, source: Path, command: Sequence[str]) -> Edge:
+    """``command`` on one source."""
+    name = str(source)
+    return Edge(out, (name,), (*command, "-MMD", "-MF", f"{out}.d", "-c", name, "-o", out))
+
+
+def link_edge(
+    out: str, edges: Sequence[Edge], compiler: Compiler, first: Sequence[str], last: Sequence[str]
+) -> Edge:
+    """The objects of ``edges`` as one file; flags before and after them."""
+    objects = tuple(edge.out for edge in edges)
+    return Edge(out, objects, (*compiler.command, *first, *objects, *last, "-o", out))
+
+
+def make(edges: Sequence[Edge], folder: Path, log: IO[str], keep_open: Sequence[int] = ()) -> int:
+    """Make in ``folder`` what is not there or older than what it was made from.
+
+    Where there is no ninja, everything, side by side like ninja. MAX_JOBS limits both.
+
+    Args:
+        edges: the last needs the others, which need none.
+        log: a file for what the commands say.
+        keep_open: file descriptors that they inherit.
+
+    Returns:
+        0, or the exit status of what went wrong.
+    """
+
+    def run(command: Sequence[str]) -> int:
+        return subprocess.run(
+            command,
+            cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=tuple(keep_open),
+            check=False,
+        ).returncode
+
+    folder.mkdir(parents=True, exist_ok=True)
+    limit, ninja = os.environ.get("MAX_JOBS"), find_ninja()
+    if ninja is not None:
+        (folder / "build.ninja").write_text(ninja_text(edges))
+        return run([ninja, *(["-j", limit] if limit else [])])
+    *compiled, linked = edges
+    for edge in compiled:
+        (folder / edge.out).parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(int(limit or os.cpu_count() or 1)) as pool:
+        failed = [status for status in pool.map(run, (e.command for e in compiled)) if status]
+    return failed[0] if failed else run(linked.command)
+
+
+def ninja_text(edges: Sequence[Edge]) -> str:
+    """``edges`` as a build.ninja."""
+    lines = ["ninja_required_version = 1.8"]
+    lines += ["rule compile", "  command = $words", "  deps = gcc", "  depfile = $out.d"]
+    lines += ["rule link", "  command = $words"]
+    for edge in edges:
+        rule = "link" if edge is edges[-1] else "compile"
+        names = " ".join(_escape(n).replace(" ", "$ ").replace(":", "$:") for n in edge.inputs)
+        lines.append(f"build {edge.out}: {rule} {names}")
+        lines.append(f"  words = {_escape(shlex.join(edge.command))}")
+    return "\n".join([*lines, f"default {edges[-1].out}", ""])
 
 
 def _escape(text: str) -> str:
@@ -258,7 +306,7 @@ def plan_build() -> Plan:
         NativeError: something is missing; the message says what, and how to get it.
     """
     sources = source_folder().absolute()
-    ninja, compiler = find_ninja(), find_compiler()
+    compiler = find_compiler()
     import torch
 
     cuda = find_cuda(sources)
@@ -266,7 +314,8 @@ def plan_build() -> Plan:
     threads = "OpenMP" if _openmp(compiler) else "one thread"
     device = f"{'CUDA' if cuda.home else 'no CUDA'} ({cuda.why})"
     summary = f"{compiler.name}, torch {torch.__version__}, {vectors}, {threads}, {device}"
-    return Plan(ninja, ninja_file(sources, compiler, cuda), source_digest(sources), summary)
+    edges = tuple(edges_of(sources, compiler, cuda))
+    return Plan(edges, source_digest(sources), summary)
 
 
 def compile_extension(plan: Plan, folder: Path, keep_open: Sequence[int] = ()) -> None:
@@ -279,18 +328,10 @@ def compile_extension(plan: Plan, folder: Path, keep_open: Sequence[int] = ()) -
         NativeError: the compiler refuses the code.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text(plan.text)
-    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     log = folder / "build.log"
     with log.open("w") as out:
-        done = subprocess.run(
-            [plan.ninja, "-C", str(folder), *jobs],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            pass_fds=tuple(keep_open),
-            check=False,
-        )
-    if done.returncode:
+        status = make(plan.edges, folder, out, keep_open)
+    if status:
         lines = log.read_text(errors="replace").splitlines()
         error = next((line for line in lines if "error:" in line), (lines or ["?"])[-1])
         raise NativeError(

@@ -70,17 +70,10 @@ def find_compiler() -> Compiler:
     return Compiler(command, name, clang, "__x86_64__" in macros)
 
 
-def find_ninja() -> str:
-    """The ninja of this Python environment, else the system's.
-
-    Raises:
-        NativeError: there is none.
-    """
+def find_ninja() -> str | None:
+    """The ninja of this Python environment, else the system's, else None."""
     path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
-    ninja = shutil.which("ninja", path=path)
-    if ninja is None:
-        raise NativeError("ninja is missing: pip install ninja")
-    return ninja
+    return shutil.which("ninja", path=path)
 
 
 def python_headers() -> Path:

@@ -24,7 +24,7 @@ from nas.errors import ConfigurationError
 from nas.hardware import peak_memory_mb
 from nas.loop import ResumableLoop
 from nas.observer import EpochRecord, Observer
-from nas.ops.backend import AUTO, FLOAT32, NATIVE, STORAGES
+from nas.ops.backend import AUTO, FLOAT32, STORAGES
 from nas.optimisation import (
     copy_tensors,
     cosine,
@@ -37,7 +37,7 @@ from nas.optimisation import (
 from nas.search.classifier import fit_heads
 from nas.search.collapse import collapse_metrics
 from nas.search.method import Method, SearchConfig
-from nas.search.replay import Capture, Replayed, capture_graph
+from nas.search.replay import OFF, Capture, Replayed, capture_graph, choose_graphs
 from nas.search.sources import SQUARE_ROOT, Pair, Sources
 from nas.search.stages import Stage, drop_weakest, require_operations
 from nas.search.stopping import AGE, Stop
@@ -95,8 +95,7 @@ class BilevelSearch(ResumableLoop[Pair]):
         start: what to begin with instead of the weights of ``seed``.
         sampling: of several sets, how a step chooses one: "sqrt" by the root of their sizes, or
             "uniform".
-        cuda_graphs: "auto" captures both steps as CUDA graphs where the search runs on a GPU with
-            native kernels and its method allows it; "off" never does.
+        cuda_graphs: "auto" or "off"; see :func:`nas.search.replay.choose_graphs`.
     """
 
     phase = "search"
@@ -115,7 +114,7 @@ class BilevelSearch(ResumableLoop[Pair]):
         storage: str = FLOAT32,
         start: Start | None = None,
         sampling: str = SQUARE_ROOT,
-        cuda_graphs: str = "off",
+        cuda_graphs: str = OFF,
     ) -> None:
         if storage in STORAGES and storage not in method.storages:
             raise ConfigurationError(
@@ -128,10 +127,8 @@ class BilevelSearch(ResumableLoop[Pair]):
         self.seed = seed
         self.device = device
         self.sources = Sources(tasks, config, sampling, seed=seed, device=device, workers=workers)
-        if cuda_graphs not in ("auto", "off"):
-            raise ConfigurationError(f"cuda_graphs is 'auto' or 'off', not '{cuda_graphs}'")
         self._space, self._backend, self._storage = space, backend, storage
-        self._graphs = cuda_graphs == "auto" and method.capturable
+        self._cuda_graphs = cuda_graphs
         self.heads: tuple[slice | None, slice | None] = (None, None)  # of the batches at hand
         self._fits_classifier = start is not None and start.fits_classifier
         self._begin(0, start)
@@ -183,7 +180,10 @@ class BilevelSearch(ResumableLoop[Pair]):
         )
         self.weights_replayed: Replayed | None = None
         self.architecture_replayed: Replayed | None = None
-        if self._graphs and self.device.type == "cuda" and self.supernet.backend.name == NATIVE:
+        self.graphs = choose_graphs(
+            self._cuda_graphs, self.device, self.supernet.backend.name, self.method
+        )
+        if self.graphs.used:
             self.capture_steps()
 
     @property

@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from nas.errors import UnknownNameError
+from nas.ops.backend import NATIVE
+
+if TYPE_CHECKING:
+    from nas.search.method import Method
+
+AUTO, OFF = CUDA_GRAPHS = ("auto", "off")
 WARMUPS = 3  # steps of a kind that run as they are: PyTorch makes its plans and buffers in them
 
 Step = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Whether the steps of a search are captured as CUDA graphs; ``reason`` is for people."""
+
+    used: bool
+    reason: str
+
+
+def choose_graphs(wanted: str, device: torch.device, backend: str, method: Method) -> Graphs:
+    """What ``wanted`` ("auto" or "off") comes to with kernels of ``backend`` on ``device``.
+
+    Raises:
+        UnknownNameError: ``wanted`` is neither.
+    """
+    if wanted not in CUDA_GRAPHS:
+        raise UnknownNameError("choice of CUDA graphs", wanted, CUDA_GRAPHS)
+    if wanted == OFF:
+        return Graphs(False, "as asked for")
+    if device.type != "cuda":
+        return Graphs(False, f"the search runs on the {device.type}")
+    if backend != NATIVE:
+        return Graphs(False, f"the kernels are {backend}")
+    if not method.capturable:
+        return Graphs(False, f"the steps of '{method.name}' cannot be captured")
+    return Graphs(True, "both steps of the search are captured and replayed")
 
 
 class Capture(Protocol):

@@ -29,6 +29,7 @@ class Source:
     """One data set of a search.
 
     Attributes:
+        name: as the user wrote it.
         metric: its name as a part of a metric's name.
         images: of both halves together.
         train, validation, evaluation: batches of the half that trains the weights, of the half
@@ -66,6 +67,7 @@ class Source:
                 workers=workers,
             )
 
+        self.name = task.name
         self.metric = re.sub(r"[^\w.-]", "-", task.name)
         self.images = len(weight_half) + len(architecture_half)
         self.train = batches(weight_half, "search/weights", True)

@@ -48,6 +48,7 @@ namespace emulation {
 
 constexpr int kWarp = 32;
 constexpr std::size_t kStack = 256 << 10;
+constexpr std::size_t kSlot = 32;  // bytes that a thread can give the others of its warp
 
 #if defined(__x86_64__)
 
@@ -131,14 +132,20 @@ class Machine {
   // What the thread of the same warp with its lane xor `mask` gave.
   template <typename V>
   EMULATION_QUIET V shuffle_xor(V value, int mask) {
-    const unsigned lane = current_->index.x % kWarp, warp = current_->index.x / kWarp;
-    static_assert(sizeof(V) <= sizeof(std::uint64_t));
-    Warp& own = warps_[warp];
-    std::memcpy(&own.slots[lane], &value, sizeof(V));
+    V all[kWarp];
+    gather(value, all);
+    return all[(current_->index.x % kWarp) ^ static_cast<unsigned>(mask)];
+  }
+
+  // What all threads of the warp gave, by lane.
+  template <typename V>
+  EMULATION_QUIET void gather(const V& value, V (&all)[kWarp]) {
+    static_assert(sizeof(V) <= kSlot);
+    Warp& own = warps_[current_->index.x / kWarp];
+    std::memcpy(own.slots[current_->index.x % kWarp], &value, sizeof(V));
     wait(own.barrier, kWarp);
-    std::memcpy(&value, &own.slots[lane ^ static_cast<unsigned>(mask)], sizeof(V));
+    for (int lane = 0; lane < kWarp; ++lane) std::memcpy(&all[lane], own.slots[lane], sizeof(V));
     wait(own.barrier, kWarp);
-    return value;
   }
 
  private:
@@ -147,7 +154,7 @@ class Machine {
   };
   struct Warp {
     Barrier barrier;
-    std::uint64_t slots[kWarp];
+    unsigned char slots[kWarp][kSlot];
   };
 
   EMULATION_QUIET void run_block(std::size_t shared) {

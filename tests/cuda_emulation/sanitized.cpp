@@ -20,50 +20,58 @@ std::vector<float> draw(int64_t count, float low, float high) {
   return numbers;
 }
 
-template <typename Call>
+template <typename T, typename Call>
 void run(const Call& call) {
   std::vector<double> workspace(  // 16-byte aligned
-      static_cast<std::size_t>(nas::cuda::workspace_bytes<float>(call) + 7) / 8);
-  nas::cuda::run<float>(call, workspace.data(), 0);
+      static_cast<std::size_t>(nas::cuda::workspace_bytes<T>(call) + 7) / 8);
+  nas::cuda::run<T>(call, workspace.data(), 0);
 }
 
+// Float or Tf32, of the same bits.
+template <typename T>
+T* as(std::vector<float>& numbers) {
+  return reinterpret_cast<T*>(numbers.data());
+}
+
+template <typename T>
 void run_both(const CellShape& s, bool training, double share, bool gradients) {
   const int64_t before = s.images * s.before_height * s.before_width * s.before_channels;
   const int64_t previous = s.images * s.height * s.width * s.previous_channels;
   const int64_t output = s.images * s.node_height() * s.node_width() * 4 * s.channels;
-  nas::CellForward<float> forward{};
+  nas::CellForward<T, float> forward{};
   forward.shape = s;
   forward.training = training;
   std::bernoulli_distribution coin(share);
   for (auto& edge : forward.live) {
     for (int k = 1; k < nas::kOperations; ++k) edge[k] = coin(engine);
   }
-  const auto images = draw(before, -1, 1), others = draw(previous, -1, 1);
+  auto images = draw(before, -1, 1), others = draw(previous, -1, 1);
   const auto weights = draw(s.weights(), -1, 1), mean = draw(s.statistics(), -1, 1);
   const auto variance = draw(s.statistics(), 0.5f, 1);
   const auto operations = draw(nas::kEdges * nas::kOperations, 0, 1);
-  const auto bypass = draw(nas::kEdges, 0, 1), gradient = draw(output, -1, 1);
+  const auto bypass = draw(nas::kEdges, 0, 1);
+  auto gradient = draw(output, -1, 1);
   const auto make = [](int64_t count) { return std::vector<float>(std::size_t(count)); };
   auto nodes = make(output), states = make(2 * s.images * s.height * s.width * s.channels);
   auto means = make(s.statistics()), scales = means, variances = means;
   auto kept = make(nas::cuda::kept_numbers(s));
-  forward.before = images.data();
-  forward.previous = others.data();
+  forward.before = as<T>(images);
+  forward.previous = as<T>(others);
   forward.weights = weights.data();
   forward.running_mean = mean.data();
   forward.running_variance = variance.data();
   forward.operations = operations.data();
   forward.bypass = bypass.data();
-  forward.output = nodes.data();
-  forward.states = states.data();
+  forward.output = as<T>(nodes);
+  forward.states = as<T>(states);
   forward.mean = means.data();
   forward.reciprocal_deviation = scales.data();
   forward.variance = variances.data();
-  run(forward);
-  forward.kept = kept.data();
-  run(forward);
+  run<T>(forward);
+  forward.kept = as<T>(kept);
+  run<T>(forward);
 
-  nas::CellBackward<float> backward{};
+  nas::CellBackward<T, float> backward{};
   backward.shape = s;
   backward.training = training;
   std::copy(&forward.live[0][0], &forward.live[0][0] + nas::kEdges * nas::kOperations,
@@ -80,15 +88,15 @@ void run_both(const CellShape& s, bool training, double share, bool gradients) {
   backward.mean = forward.mean;
   backward.reciprocal_deviation = forward.reciprocal_deviation;
   backward.kept = forward.kept;
-  backward.output_gradient = gradient.data();
+  backward.output_gradient = as<T>(gradient);
   backward.operations_gradient = to_operations.data();
   backward.bypass_gradient = to_bypass.data();
   if (gradients) {
-    backward.before_gradient = to_before.data();
-    backward.previous_gradient = to_previous.data();
+    backward.before_gradient = as<T>(to_before);
+    backward.previous_gradient = as<T>(to_previous);
     backward.weights_gradient = to_weights.data();
   }
-  run(backward);
+  run<T>(backward);
 }
 
 }  // namespace
@@ -103,7 +111,8 @@ int main() {
   };
   int calls = 0;
   for (const CellShape& shape : shapes) {
-    run_both(shape, calls % 2 == 0, calls % 3 == 2 ? 0.3 : 1.0, calls % 4 != 3);
+    run_both<float>(shape, calls % 2 == 0, calls % 3 == 2 ? 0.3 : 1.0, calls % 4 != 3);
+    run_both<nas::cuda::Tf32>(shape, calls % 2 == 0, calls % 3 == 2 ? 0.3 : 1.0, calls % 4 != 3);
     ++calls;
   }
   std::printf("%d calls of either direction\n", calls);

@@ -125,6 +125,7 @@ class TestKnownWithoutData:
             ("transfer --backend egaer", ["did you mean 'eager'?"]),
             ("search --storage half", ["unknown storage 'half'", "bfloat16, float32"]),
             ("pretrain --storage bfloat", ["did you mean 'bfloat16'?"]),
+            ("search --cuda-graphs on", ["unknown choice of CUDA graphs 'on'", "auto, off"]),
             ("transfer --source auto", ["unknown data set 'auto'"]),
             ("transfer --warm-what alpha", ["'alpha'", "did you mean 'alphas'?"]),
             ("search --warm-start auto --alpha-temperature 0.5", ["at least 1", "0.5"]),
@@ -363,7 +364,7 @@ class TestOptions:
             "--search-epochs 20 --search-batch-size 32 --search-channels 12 --search-cells 5 "
             "--cells 6 --max-macs 1.5M --stem imagenet --train-epochs 9 --train-batch-size 16 "
             "--seeds 4 --seed 2 --workers 3 --parallel 5 --device cpu --method pcdarts "
-            "--backend eager --storage bfloat16"
+            "--backend eager --storage bfloat16 --cuda-graphs auto"
         )
         assert main(shlex.split(f"transfer {options}")) == 0
         ((settings, machine),) = asked
@@ -379,7 +380,7 @@ class TestOptions:
         assert (compare.training.epochs, compare.training.batch_size) == (9, 16)
         assert (compare.seeds, compare.seed) == (4, 2)
         assert replace(machine, options={}) == Machine(
-            "cpu", 3, 5, 1, None, False, backend="eager", storage="bfloat16"
+            "cpu", 3, 5, 1, None, False, backend="eager", storage="bfloat16", cuda_graphs="auto"
         )
 
     def test_what_a_search_begins_with_and_ends_by(self, asked: Asked) -> None:

@@ -15,11 +15,15 @@ from mlflow.tracking import MlflowClient
 from workplace import Workplace
 
 import pipeline.searches
+from nas.data import ImageTask, batches
 from nas.ops import build
 from nas.ops.backend import Backend
 from nas.ops.recipe import source_folder
-from nas.search import BilevelSearch
+from nas.search import METHODS, BilevelSearch, SearchConfig
+from nas.spaces.darts.supernet import SupernetConfig
 from pipeline.cli import main
+from pipeline.job import Machine
+from pipeline.searches import say_choices
 
 TINY = ["--source-limit", "200", "--search-epochs", "1", "--search-cells", "3"]
 SEARCH = ["search", *TINY, "--search-channels", "2", "--device", "cpu", "--backend"]
@@ -142,3 +146,31 @@ def test_storage_is_tagged_and_searches_for_itself_alone(
     assert [run.data.tags["storage"] for run in steps(workplace)] == ["float32", "bfloat16"]
     assert main([*SEARCH, "eager", "--storage", "bfloat16"]) == 0
     assert "reusing search on digits" in capsys.readouterr().out
+
+
+def test_where_images_lie_is_said_where_there_is_a_choice(
+    few_digits: ImageTask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = SearchConfig(supernet=SupernetConfig(2, 3))
+    for free, place in ((2**30, "on the meta"), (0, "in memory, too many for the meta's")):
+        monkeypatch.setattr(batches, "free_memory", lambda _, free=free: free)
+        device = torch.device("meta")
+        search = BilevelSearch(few_digits, METHODS["darts"], config, seed=0, device=device)
+        say_choices(search, Machine())
+        assert capsys.readouterr().out == f"images of digits: {place}\n"
+
+
+def test_what_comes_of_asking_for_graphs_is_said_and_tagged(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SEARCH, "eager", "--cuda-graphs", "auto"]) == 0
+    said = re.findall("^CUDA graphs: .*$", capsys.readouterr().out, re.MULTILINE)
+    assert said == ["CUDA graphs: off (the search runs on the cpu)"]
+    (step,) = steps(workplace)
+    assert step.data.tags["cuda_graphs"] == "off"
+
+    # They change no result: the search is not run again for them, and off is not worth a word.
+    assert main([*SEARCH, "eager", "--cuda-graphs", "off"]) == 0
+    shown = capsys.readouterr().out
+    assert "reusing search on digits" in shown
+    assert "CUDA graphs" not in shown

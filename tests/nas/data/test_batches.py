@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from device_copies import META, DeviceCopies
+from torchvision.transforms.v2 import functional as torchvision
 
-from nas.data import Augmentation, Batch, Batches, ImageTask, files, load_task
+from nas.data import Augmentation, Batch, Batches, ImageTask, batches, files, load_task
 from nas.data.files import FileImages
 from nas.errors import ConfigurationError, DataError
+from nas.randomness import generator
 
 EVERYTHING = Augmentation(
     random_resized_crop=True, crop_padding=2, flip=True, color_jitter=0.3, cutout=3
@@ -185,6 +188,68 @@ def test_impossible_batches_are_refused(digits: ImageTask) -> None:
         _batches(digits, 0)
     with pytest.raises(ConfigurationError, match="workers -1"):
         _batches(digits, 8, workers=-1)
+
+
+def test_augmented_images_equal_those_of_torchvision_one_by_one(animals: ImageTask) -> None:
+    """The recipe of CIFAR-10, with the draws of the batch, image by image."""
+    recipe = Augmentation(crop_padding=4, flip=True, cutout=6)
+    made = list(_batches(animals, 64, augmentation=recipe, seed=3).epoch(2))[1].images
+    _, height, width = animals.images.shape
+    rng = generator(3, "test", "augment", 2, 1)
+    tops, lefts, flips, rows, columns = (
+        torch.randint(high, (64,), generator=rng).tolist() for high in (9, 9, 2, height, width)
+    )
+    originals = animals.images.gather(animals.splits.train[64:128])
+    for number, (image, ours) in enumerate(zip(originals, made, strict=True)):
+        padded = torchvision.pad(image, [4])
+        image = torchvision.crop(padded, tops[number], lefts[number], height, width)
+        if flips[number]:
+            image = torchvision.horizontal_flip(image)
+        scaled = torchvision.to_dtype(image, torch.float32, scale=True)
+        normalised = torchvision.normalize(scaled, list(animals.mean), list(animals.std))
+        top, left = max(rows[number] - 3, 0), max(columns[number] - 3, 0)
+        bottom, right = min(rows[number] + 3, height), min(columns[number] + 3, width)
+        hole = torch.zeros(1, 1, 1)
+        expected = torchvision.erase(normalised, top, left, bottom - top, right - left, hole)
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("augmentation", [None, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("free", [0, 2**40], ids=["in-memory", "on-the-device"])
+def test_nothing_waits_for_the_device(
+    digits: ImageTask,
+    streamed: ImageTask,
+    monkeypatch: pytest.MonkeyPatch,
+    augmentation: Augmentation | None,
+    free: int,
+) -> None:
+    monkeypatch.setattr(batches, "free_memory", lambda _: free)
+    for task in (digits, streamed):
+        made = _batches(task, 16, augmentation=augmentation, shuffle=True, device=META)
+        with DeviceCopies() as watched:
+            for batch in made.epoch():
+                assert batch.images.device == META
+                assert batch.labels.device == META
+        assert watched.copies > 0
+        assert watched.waiting == 0
+
+
+def test_a_set_lies_on_the_device_where_a_quarter_of_it_is_enough(
+    digits: ImageTask, streamed: ImageTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = len(digits.splits.train) * 8 * 8
+    for free, place in (
+        (4 * needed, "on the meta"),
+        (4 * needed - 1, "in memory, too many for the meta's"),
+    ):
+        monkeypatch.setattr(batches, "free_memory", lambda _, free=free: free)
+        made = _batches(digits, device=META)
+        assert made.place == place
+        with DeviceCopies() as watched:
+            list(made.epoch())
+        assert watched.copies >= (len(made) if "memory" in place else 1)
+    assert _batches(digits).place == "on the cpu"
+    assert _batches(streamed, device=META).place == "in files"
 
 
 @pytest.mark.gpu

@@ -59,7 +59,6 @@ def _no_switches(monkeypatch: pytest.MonkeyPatch) -> None:
 def compiler() -> Compiler:
     try:
         toolchain.python_headers()
-        toolchain.find_ninja()
         return toolchain.find_compiler()
     except NativeError as error:
         pytest.skip(str(error))
@@ -298,11 +297,42 @@ def test_compiler_says_what_it_is(compiler: Compiler) -> None:
     assert compiler.clang == ("clang" in asked)
 
 
-def test_missing_ninja_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ninja", [True, False], ids=["ninja", "no-ninja"])
+def test_edges_are_made_with_ninja_and_without(
+    ninja: bool, compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if ninja and toolchain.find_ninja() is None:
+        pytest.skip("there is no ninja here")
+    if not ninja:
+        monkeypatch.setattr(recipe, "find_ninja", lambda: None)
+    sources = {"a b/one$.cpp": "int two();\nint main() { return two(); }", "two.cpp": "int two() {"}
+    for name, text in sources.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    edges = [
+        recipe.compile_edge(f"objects/{number}.o", tmp_path / name, compiler.command)
+        for number, name in enumerate(sources)
+    ]
+    edges.append(recipe.link_edge("program", edges, compiler, (), ()))
+
+    def make() -> tuple[int, str]:
+        with (tmp_path / "log").open("w") as log:
+            status = recipe.make(edges, tmp_path / "made", log)
+        return status, (tmp_path / "log").read_text()
+
+    status, said = make()
+    assert status != 0
+    assert "error:" in said
+    assert not (tmp_path / "made" / "program").exists()
+    (tmp_path / "two.cpp").write_text("int two() { return 7; }")
+    assert make()[0] == 0
+    assert subprocess.run([str(tmp_path / "made" / "program")], check=False).returncode == 7
+
+
+def test_a_missing_ninja_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(NativeError, match="pip install ninja"):
-        toolchain.find_ninja()
+    assert toolchain.find_ninja() is None
 
 
 def test_missing_python_headers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -463,7 +493,7 @@ def test_what_was_built_for_something_else_is_refused(
     (folder / recipe.FILE).touch()
     with pytest.raises(NativeError, match="the package has no compiled _native"):
         build.check(folder)
-    recipe.write_stamp(folder, recipe.Plan("", "", recipe.source_digest(project / "csrc"), ""))
+    recipe.write_stamp(folder, recipe.Plan((), recipe.source_digest(project / "csrc"), ""))
     build.check(folder)
 
     (project / "csrc" / "cpu" / "probe.h").write_text("int instruction_set();  // changed\n")

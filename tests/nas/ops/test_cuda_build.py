@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.cuda_registers import HOT, Kernel, compile_kernels, parse
+from benchmarks.cuda_registers import HOT, Kernel, compile_kernels, parse, report
 from nas.ops import toolchain
 
 REPORT = """
 ptxas info    : Compiling entry function 'void nas::cuda::dots<float, 4>(nas::cuda::Dots<float>)' for 'sm_90'
 ptxas info    : Function properties for void nas::cuda::dots<float, 4>(nas::cuda::Dots<float>)
     40 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads
-ptxas info    : Used 128 registers, used 1 barriers, 40 bytes cumulative stack size
+ptxas info    : Used 128 registers, used 1 barriers, 40 bytes cumulative stack size, 16 bytes smem
 """  # noqa: E501
 
 
 def test_the_report_is_read() -> None:
-    assert parse(REPORT) == [Kernel("dots<float, 4>", 90, registers=128, stack=40, spills=8)]
+    kernel = Kernel("dots<float, 4>", 90, registers=128, shared=16, stack=40, spills=8)
+    assert parse(REPORT) == [kernel]
+    assert report([kernel], "nvcc 1").splitlines()[-1] == (
+        "| **`dots<float, 4>`** | 90 | 128 | 16 | 40 | 8 |"
+    )
 
 
 @pytest.mark.parametrize("kind", ["float"])

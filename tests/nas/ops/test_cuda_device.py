@@ -85,6 +85,25 @@ def test_device_narrow_numbers(plan: CellPlan, dtype: torch.dtype, tolerance: fl
 
 
 @plans
+def test_device_tensor_cores(plan: CellPlan) -> None:
+    """Factors rounded by 2^-12 of their size, of which some ten follow one another."""
+    call = draw_call(plan, 8, (16, 16), edges=plan.partial > 1).to(torch.float32)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        ours = run_on_gpu(call)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    exact = run(mixed.mixed_cell, call.to(torch.float64))
+    assert error(ours["output"].double(), exact["output"]) <= 0.03
+    for name in INPUTS:
+        if name in exact:
+            distance = (ours[name].double() - exact[name]).norm() / exact[name].norm()
+            assert distance <= 0.3, name
+    assert not same_bits(ours, run_on_gpu(call))
+
+
+@plans
 def test_device_bits_repeat(plan: CellPlan) -> None:
     call = draw_call(plan, 8, (16, 16), edges=True).to(torch.float32)
     assert same_bits(run_on_gpu(call), run_on_gpu(call))

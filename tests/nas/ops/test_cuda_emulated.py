@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import emulated_cells
 import pytest
@@ -59,7 +61,7 @@ def test_cuda_equals_eager(plan: CellPlan, choice: str, training: bool) -> None:
         assert not ours["operations"][~call.active].any()
 
 
-@pytest.mark.parametrize(
+tiles = pytest.mark.parametrize(
     ("plan", "images", "size"),
     [
         (WIDE, 1, (37, 41)),  # several tiles in each direction, the last one short
@@ -72,6 +74,9 @@ def test_cuda_equals_eager(plan: CellPlan, choice: str, training: bool) -> None:
     ],
     ids=["tiles", "wide-tiles", "partial-tiles", "images", "channels", "slabs", "matrix"],
 )
+
+
+@tiles
 @modes
 def test_cuda_tiles(plan: CellPlan, images: int, size: tuple[int, int], training: bool) -> None:
     compare(draw_call(plan, images, size, training=training, edges=plan.partial > 1))
@@ -165,6 +170,82 @@ def test_cuda_single_precision_is_as_good_as_that_of_eager(plan: CellPlan, train
         norm = exact[name].norm()
         error, limit = ((x.double() - exact[name]).norm() / norm for x in (value, theirs[name]))
         assert error <= 3 * limit + 1e-7, name
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """PyTorch's own switch, which products of matrices in single precision obey."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def rounded(x: Tensor) -> Tensor:
+    """The nearest number of 11 bits, in ``x``'s own type."""
+    return ((x.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype)
+
+
+class RoundedProduct(torch.autograd.Function):
+    """``x @ weight`` of rounded factors, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x, weight = rounded(x), rounded(weight)
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        gradient = rounded(gradient)
+        return gradient @ weight.T, x.flatten(0, -2).T @ gradient.flatten(0, -2)
+
+
+def rounded_pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    """Twin of :func:`nas.ops.mixed.pointwise` on tensor cores."""
+    return RoundedProduct.apply(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
+
+
+def compare_tf32(call: Call) -> None:
+    """With eager whose factors are rounded alike. Where sums lie between two roundings, it differs
+    by 4e-4, as eager in single precision does; some rectifications then choose otherwise."""
+    call = call.to(torch.float32)
+    ours = run(emulated_cells.mixed_cell, call)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixed, "pointwise", rounded_pointwise)
+        exact = run(mixed.mixed_cell, call.to(torch.float64))
+    for name, expected in exact.items():
+        assert ours[name].dtype == torch.float32, name
+        errors = (ours[name].double() - expected).abs() / expected.square().mean().sqrt()
+        assert float(errors.median()) <= 1e-3, name
+        assert float(errors.square().mean().sqrt()) <= (1e-3 if name == "output" else 0.06), name
+
+
+@pytest.mark.usefixtures("tf32")
+@plans
+@modes
+def test_cuda_tensor_cores_stay_within_their_rounding(plan: CellPlan, training: bool) -> None:
+    compare_tf32(draw_call(plan, 4, (9, 8), training=training, edges=plan.partial > 1))
+
+
+@pytest.mark.usefixtures("tf32")
+@tiles
+def test_cuda_tensor_cores_on_tiles(plan: CellPlan, images: int, size: tuple[int, int]) -> None:
+    compare_tf32(draw_call(plan, images, size, edges=plan.partial > 1))
+
+
+def test_cuda_tensor_cores_are_used_where_they_are_allowed(
+    request: pytest.FixtureRequest,
+) -> None:
+    call = draw_call(WIDE, 2).to(torch.float32)
+    plain = run(emulated_cells.mixed_cell, call)
+    request.getfixturevalue("tf32")
+    rounded = run(emulated_cells.mixed_cell, call)
+    assert not torch.equal(plain["output"], rounded["output"])
+    double = call.to(torch.float64)
+    assert_close(run(emulated_cells.mixed_cell, double), run(mixed.mixed_cell, double))
+    assert same_bits(run(emulated_cells.mixed_cell, call), rounded)
 
 
 def narrowed(call: Call, dtype: torch.dtype) -> Call:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
+from device_copies import META, DeviceCopies
 from torch import Tensor
 
-from nas.data import ImageTask
-from nas.errors import ConfigurationError
+from nas.data import ImageTask, batches
+from nas.errors import UnknownNameError
 from nas.search import METHODS
 from nas.search.bilevel import BilevelSearch
 from nas.search.method import SearchConfig
-from nas.search.replay import WARMUPS, Replayed
-from nas.spaces.darts.supernet import SupernetConfig
+from nas.search.replay import WARMUPS, Replayed, choose_graphs
+from nas.spaces.darts.supernet import Mixing, SupernetConfig
 
 Outputs = tuple[Tensor, ...]
 CPU = torch.device("cpu")
@@ -59,14 +61,16 @@ def test_a_kind_is_captured_once_and_another_anew() -> None:
     assert len(seen) == calls  # a step is never run twice, nor left out
 
 
-def search(task: ImageTask, recorder: Recorder | None, method: str) -> BilevelSearch:
+def search(
+    task: ImageTask, recorder: Recorder | None, method: str, device: torch.device = CPU
+) -> BilevelSearch:
     partial = 2 if method == "pcdarts" else 1
     config = SearchConfig(
         supernet=SupernetConfig(4, 3, partial, edge_normalisation=partial > 1),
         epochs=2,
         batch_size=16,
     )
-    made = BilevelSearch(task, METHODS[method], config, seed=0, device=CPU, backend="eager")
+    made = BilevelSearch(task, METHODS[method], config, seed=0, device=device, backend="eager")
     if recorder is not None:
         made.capture_steps(recorder)
     return made
@@ -87,8 +91,55 @@ def test_a_search_that_replays_ends_with_the_same_bits(few_digits: ImageTask, me
     )
 
 
+@pytest.mark.parametrize(
+    ("wanted", "device", "backend", "method", "reason"),
+    [
+        ("auto", "cuda:1", "native", "darts", None),
+        ("auto", "cuda", "native", "pcdarts", None),
+        ("off", "cuda", "native", "darts", "as asked for"),
+        ("auto", "cpu", "native", "darts", "the search runs on the cpu"),
+        ("auto", "cuda", "eager", "darts", "the kernels are eager"),
+        ("auto", "cuda", "native", "pdarts", "the steps of 'pdarts' cannot be captured"),
+        ("auto", "cuda", "native", "darts-2nd", "the steps of 'darts-2nd' cannot be captured"),
+    ],
+)
+def test_graphs_are_used_where_they_can_be_and_else_it_says_why(
+    wanted: str, device: str, backend: str, method: str, reason: str | None
+) -> None:
+    graphs = choose_graphs(wanted, torch.device(device), backend, METHODS[method])
+    assert graphs.used == (reason is None)
+    assert reason is None or graphs.reason == reason
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].capturable])
+def test_a_step_that_is_captured_neither_waits_nor_copies_from_the_cpu(
+    few_digits: ImageTask, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "free_memory", lambda _: 2**40)
+    monkeypatch.setattr(Mixing, "live", lambda mixing: mixing.active)  # as while it is captured
+    made = search(few_digits, None, method, META)
+    train, validation = next(made.batches())
+    step = (train.images, train.labels, validation.images, validation.labels)
+    for watched in (None, DeviceCopies()):  # the first steps make the optimisers' state
+        with watched or nullcontext():
+            made._move_architecture(*step)
+            made._move_weights(*step[:2])
+    assert watched is not None
+    assert watched.copies == 0
+
+
 def test_unknown_wish_is_refused(few_digits: ImageTask) -> None:
-    with pytest.raises(ConfigurationError, match="cuda_graphs is 'auto' or 'off', not 'on'"):
+    with pytest.raises(
+        UnknownNameError, match="unknown choice of CUDA graphs 'on': known are auto, off"
+    ):
         BilevelSearch(
             few_digits, METHODS["darts"], SearchConfig(), seed=0, device=CPU, cuda_graphs="on"
         )
+
+
+def test_a_search_on_the_cpu_captures_nothing(few_digits: ImageTask) -> None:
+    made = BilevelSearch(
+        few_digits, METHODS["darts"], SearchConfig(), seed=0, device=CPU, cuda_graphs="auto"
+    )
+    assert not made.graphs.used
+    assert made.weights_replayed is None
