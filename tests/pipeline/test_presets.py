@@ -99,7 +99,7 @@ def test_quick_builds_its_network_in_the_space() -> None:
     assert space.architecture(first, skeleton).skeleton == skeleton
 
 
-@pytest.mark.parametrize(("images", "epochs"), [(64, 200), (640, 20), (6400, 2), (60000, 2)])
+@pytest.mark.parametrize(("images", "epochs"), [(64, 150), (640, 15), (6399, 2), (60000, 2)])
 def test_a_small_set_is_gone_through_more_often(images: int, epochs: int) -> None:
     quick = PRESETS["quick"]
     settings = CompareSettings(quick.training, 1, 0, "nas-some", quick.least_steps)

@@ -116,7 +116,7 @@ def test_halves_by_class_find_each_other() -> None:
     """Among the other halves of eight sets, and the inverted and the turned one."""
     if not IMAGES.is_dir():
         pytest.skip("the real image sets are not beside this checkout")
-    domains = Domains(IMAGES, 14, 800)
+    domains = Domains(IMAGES, 14, 800, test_fraction=0.2)
     changed = [Domain("mnist-test", ODD, INVERTED), Domain("cifar10-test", ODD, TURNED)]
     sources = [*(Domain(family, ODD) for family in FAMILIES), *changed]
     targets = [Domain(family, EVEN) for family in FAMILIES]
