@@ -14,7 +14,7 @@ from PIL import Image
 from sketches import task_of
 
 from nas.data import ImageTask
-from nas.study.domains import EVEN, INVERTED, ODD, TURNED, Domain, Domains
+from nas.study.domains import EVEN, INVERTED, ODD, TURNED, Domain, Domains, Families
 from nas.transfer.otdd import Embedding, OTDDConfig, describe, distance, pixels, shapes
 from nas.transfer.otdd import principal_components as pca
 
@@ -116,7 +116,7 @@ def test_halves_by_class_find_each_other() -> None:
     """Among the other halves of eight sets, and the inverted and the turned one."""
     if not IMAGES.is_dir():
         pytest.skip("the real image sets are not beside this checkout")
-    domains = Domains(IMAGES, 14, 800, test_fraction=0.2)
+    domains = Domains(Families(IMAGES), 14, 800, test_fraction=0.2)
     changed = [Domain("mnist-test", ODD, INVERTED), Domain("cifar10-test", ODD, TURNED)]
     sources = [*(Domain(family, ODD) for family in FAMILIES), *changed]
     targets = [Domain(family, EVEN) for family in FAMILIES]
