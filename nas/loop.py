@@ -81,7 +81,7 @@ class Stopwatch:
 def old_objects_spared() -> Iterator[None]:
     """Python's garbage collector leaves alone what exists already.
 
-    The imports alone are half a million objects that never become garbage, and going through them
+    The imports alone are 450,000 objects that never become garbage, and going through them
     again and again took 4% of the steps of a small supernet.
     """
     if gc.get_freeze_count():  # the caller's doing, or a loop around this one

@@ -1,7 +1,7 @@
 // Pointwise (1x1) convolutions: products of a row of pixels with a small matrix.
 //
 // Blocked by hand, since at 4 to 64 channels a BLAS call spends its time around the product. Two
-// layouts of the lanes (see lanes.h): sixteen channels of one pixel, where an input channel is a
+// layouts of the lanes (see layout.h): sixteen channels of one pixel, where an input channel is a
 // scalar spread over the outputs' lanes; or 16 / Group images of Group channels each, where it is
 // spread within each image's lanes.
 
