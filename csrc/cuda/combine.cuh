@@ -88,7 +88,7 @@ NAS_KERNEL_OF(T) combine(const __grid_constant__ Combine<T> call) {
        i += int64_t(gridDim.x) * kThreads) {
     const int item = int(i % items);
     const int64_t p = i / items;
-    T* node = Plane<T>{call.output + (call.target - 2) * int64_t(channels), kNodes * int64_t(channels)}.pixel(p);
+    T* node = call.output + (p * kNodes + call.target - 2) * channels;
     if (item >= across) {
       const int channel = mixed + item - across;
       A total = A(0);

@@ -32,9 +32,11 @@ NAS_DEVICE float round_to_tf32(float x) {
   return __uint_as_float(bits);
 }
 
-// sum += left right, by all lanes of a warp together.
+// sum += left right, by all lanes of a warp together: volatile, so that it is not moved to where
+// some lanes alone use the sum.
 NAS_DEVICE void multiply_add(Entries& sum, const Left& left, const Right& right) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum.at[0]), "+f"(sum.at[1]), "+f"(sum.at[2]), "+f"(sum.at[3])
       : "r"(__float_as_uint(left.at[0])), "r"(__float_as_uint(left.at[1])),

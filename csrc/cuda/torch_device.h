@@ -20,12 +20,18 @@ struct TorchDevice {
     const bool narrow = type == at::kBFloat16 || type == at::kHalf;
     return narrow && weights.scalar_type() == at::kFloat ? type : weights.scalar_type();
   }
+  // torch.backends.cuda.matmul.fp32_precision, which the older allow_tf32 sets too. (The function
+  // behind allow_tf32 refuses to answer where a program has used the newer one.)
+  static bool rounds_products() {
+    return at::globalContext().float32Precision(at::Float32Backend::CUDA,
+                                                at::Float32Op::MATMUL) ==
+           at::Float32Precision::TF32;
+  }
   template <typename F>
   static void dispatch(at::ScalarType type, F&& f) {
     switch (type) {
       case at::kDouble: return f(double(), double());
-      case at::kFloat:  // torch.backends.cuda.matmul.allow_tf32
-        return at::globalContext().allowTF32CuBLAS() ? f(Tf32(), float()) : f(float(), float());
+      case at::kFloat: return rounds_products() ? f(Tf32(), float()) : f(float(), float());
       case at::kBFloat16: return f(BFloat16(), float());
       default: return f(Half(), float());
     }

@@ -2,9 +2,10 @@
 //
 // Blocks run in turn. The threads of a block are fibers: each runs until it waits for the others,
 // at a barrier or in a shuffle. The address sanitizer is told of every switch of stacks. So is the
-// thread sanitizer, to which fibers are threads that only barriers, shuffles, atomics and the end
-// of a launch put in order: a missing __syncthreads() and blocks that write to the same place are
-// reported as races. Shared memory is exactly as large as the launch asked for and starts as NaN.
+// thread sanitizer, to which fibers are threads that only barriers and the end of a launch put in
+// order: a missing __syncthreads() and blocks that write to the same place are reported as races.
+// A shuffle orders nothing, for CUDA promises no more than what it gives. Shared memory is exactly
+// as large as the launch asked for and starts as NaN.
 //
 // A kernel may use what is declared here and nothing else. Slow, and no part of the package.
 
@@ -105,6 +106,7 @@ class Machine {
     if (block.y != 1 || block.z != 1 || block.x > 1024) throw std::runtime_error("block too large");
     if (shared > 99 << 10) throw std::runtime_error("more shared memory than every sm_80 has");
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) throw std::runtime_error("empty grid");
+    if (grid.y > 0xffff || grid.z > 0xffff) throw std::runtime_error("grid too large");
     grid_ = grid;
     block_ = block;
     kernel_ = &kernel;
@@ -127,7 +129,11 @@ class Machine {
   EMULATION_QUIET void* shared() { return shared_; }
 
   // Waits for all threads of the block that have not ended.
-  EMULATION_QUIET void barrier() { wait(block_barrier_, block_.x - ended_); }
+  EMULATION_QUIET void barrier() {
+    release(&block_barrier_);
+    wait(block_barrier_, block_.x - ended_);
+    acquire(&block_barrier_);
+  }
 
   // What the thread of the same warp with its lane xor `mask` gave.
   template <typename V>
@@ -183,7 +189,6 @@ class Machine {
   }
 
   EMULATION_QUIET void wait(Barrier& barrier, unsigned count) {
-    release(&barrier);
     const unsigned generation = barrier.generation;
     if (++barrier.arrived == count) {
       barrier.arrived = 0;
@@ -191,7 +196,6 @@ class Machine {
       moved_ = true;
     }
     while (barrier.generation == generation) leave();
-    acquire(&barrier);
   }
 
   EMULATION_QUIET static void run_fiber() {
