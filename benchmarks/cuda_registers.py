@@ -1,9 +1,12 @@
 """What nvcc makes of the CUDA kernels: registers, stack and spills of each, by architecture.
 
     python -m benchmarks.cuda_registers [--architectures 80 90] [--kinds float tf32] [--report FILE]
+    python -m benchmarks.cuda_registers --log build/cuda/native/build.log --report FILE
 
-Facts of the compiler, and no timing. Needs nvcc and no GPU; nothing is linked. ``make cuda-check``
-writes the report that is under benchmarks/results; it fails where a hot kernel spills.
+Facts of the compiler, and no timing. Needs nvcc and no GPU. Compiles some kinds of numbers and
+links nothing, or reads what nvcc said when the extension was built with
+NVCC_APPEND_FLAGS="-Xptxas -v". ``make cuda-check`` does so and writes the report that is under
+benchmarks/results. It fails where a hot kernel spills.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from nas.ops import recipe, toolchain
 
 # Where the time of a search step is expected to go: these must not spill.
 HOT = ("convolve", "pointwise_gradient", "depthwise_gradient", "dots", "combine")
+COLD = "<double"  # for comparisons alone: each number takes two registers
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
@@ -47,7 +51,7 @@ class Kernel:
     @property
     def hot(self) -> bool:
         """Whether a search step spends much of its time here."""
-        return self.name.partition("<")[0] in HOT
+        return self.name.partition("<")[0] in HOT and COLD not in self.name
 
 
 def compile_kernels(kind: str, architectures: Sequence[int]) -> list[Kernel]:
@@ -75,7 +79,7 @@ def compile_kernels(kind: str, architectures: Sequence[int]) -> list[Kernel]:
         )
     if done.returncode:
         raise NativeError(f"nvcc refuses {source.name}: {done.stderr.strip()[-500:]}")
-    return parse(_demangled(done.stdout + done.stderr))
+    return parse(demangled(done.stdout + done.stderr))
 
 
 def parse(report: str) -> list[Kernel]:
@@ -101,7 +105,7 @@ def _short(name: str) -> str:
     return name[: name.rindex(">(") + 1] if ">(" in name else name.partition("(")[0]
 
 
-def _demangled(text: str) -> str:
+def demangled(text: str) -> str:
     try:
         return subprocess.run(
             ["c++filt"], input=text, capture_output=True, text=True, check=True
@@ -111,23 +115,28 @@ def _demangled(text: str) -> str:
 
 
 def report(kernels: Sequence[Kernel], version: str) -> str:
-    """A table, the hot kernels first; they are in bold."""
+    """A table, the hot kernels first; they are in bold.
+
+    Several kinds of numbers share a kernel that sees their sums alone; it is listed once.
+    """
+    architectures = " and ".join(f"sm_{n}" for n in sorted({k.architecture for k in kernels}))
     lines = [
-        f"What {version} makes of csrc/cuda: compiled, not run, and nothing is timed.",
+        f"What {version} makes of csrc/cuda for {architectures} (one number where they agree):",
+        "compiled, not run, and nothing is timed. A launch asks for up to 99 KiB of shared memory",
+        "beside what is listed.",
         "",
-        "| kernel | sm | registers | shared, bytes | stack, bytes | spills, bytes |",
-        "|---|---|---|---|---|---|",
+        "| kernel | registers | shared, bytes | stack, bytes | spills, bytes |",
+        "|---|---|---|---|---|",
     ]
-    for kernel in sorted(kernels, key=lambda k: (not k.hot, k.name, k.architecture)):
-        name = f"**`{kernel.name}`**" if kernel.hot else f"`{kernel.name}`"
-        numbers = (
-            kernel.architecture,
-            kernel.registers,
-            kernel.shared,
-            kernel.stack,
-            kernel.spills,
-        )
-        lines.append("| " + " | ".join([name, *map(str, numbers)]) + " |")
+    by_name: dict[str, list[Kernel]] = {}
+    for kernel in sorted(set(kernels), key=lambda k: (not k.hot, k.name, k.architecture)):
+        by_name.setdefault(kernel.name, []).append(kernel)
+    for name, same in by_name.items():
+        cells = [f"**`{name}`**" if same[0].hot else f"`{name}`"]
+        for column in ("registers", "shared", "stack", "spills"):
+            numbers = [str(getattr(kernel, column)) for kernel in same]
+            cells.append(numbers[0] if len(set(numbers)) == 1 else ", ".join(numbers))
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -147,19 +156,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--kinds", nargs="+", default=["float"])
+    parser.add_argument("--log", type=Path, help="read this instead of compiling")
     parser.add_argument("--report", type=Path, help="write the table there instead")
     options = parser.parse_args(arguments)
-    kernels = [
-        kernel for kind in options.kinds for kernel in compile_kernels(kind, options.architectures)
-    ]
+    if options.log is not None:
+        kernels = parse(demangled(options.log.read_text()))
+    else:
+        kernels = [
+            k for kind in options.kinds for k in compile_kernels(kind, options.architectures)
+        ]
+    if not kernels:
+        print("nvcc said nothing of any kernel", file=sys.stderr)
+        return 1
     text = report(kernels, nvcc_version())
     if options.report is None:
         print(text, end="")
     else:
         options.report.parent.mkdir(parents=True, exist_ok=True)
         options.report.write_text(text)
-    spilling = [kernel.name for kernel in kernels if kernel.hot and kernel.spills]
-    for name in spilling:
+    spilling = {kernel.name for kernel in kernels if kernel.hot and kernel.spills}
+    for name in sorted(spilling):
         print(f"{name} spills", file=sys.stderr)
     return int(bool(spilling))
 

@@ -312,7 +312,10 @@ def plan_build() -> Plan:
     cuda = find_cuda(sources)
     vectors = "AVX-512, AVX2 or portable by processor" if compiler.x86 else "portable"
     threads = "OpenMP" if _openmp(compiler) else "one thread"
-    device = f"{'CUDA' if cuda.home else 'no CUDA'} ({cuda.why})"
+    device = f"no CUDA ({cuda.why})"
+    if cuda.home:
+        codes = [flag.rpartition("=")[2] for flag in cuda_architectures()]
+        device = f"CUDA for {' '.join(codes)} ({cuda.why})"
     summary = f"{compiler.name}, torch {torch.__version__}, {vectors}, {threads}, {device}"
     edges = tuple(edges_of(sources, compiler, cuda))
     return Plan(edges, source_digest(sources), summary)

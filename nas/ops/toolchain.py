@@ -31,6 +31,11 @@ class Cuda:
     why: str
 
 
+# The oldest GPUs that the kernels compile for: tensor cores for TF32 and conversions to bfloat16
+# begin there.
+OLDEST = (8, 0)
+
+
 def switched_on(name: str) -> bool:
     """Whether the environment has ``name`` set to anything but nothing or 0."""
     return os.environ.get(name, "0") not in ("", "0")
@@ -115,6 +120,8 @@ def find_cuda(sources: Path) -> Cuda:
         return Cuda(home, "FORCE_CUDA=1")
     elif not torch.cuda.is_available():
         lack = "no GPU; FORCE_CUDA=1 compiles for one elsewhere"
+    elif not _capabilities():
+        lack = f"no GPU of compute capability {_dotted(OLDEST)} or newer"
     else:
         return Cuda(home, "a GPU is here")
     if wish == "1":
@@ -142,28 +149,47 @@ def _nvcc_release(home: Path) -> str:
 
 
 def cuda_architectures() -> tuple[str, ...]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST, else for the GPUs here, else for every generation.
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, else for the GPUs here, else for sm_80, sm_90 and,
+    through PTX, newer ones.
+
+    Of a list, which is often that of a whole machine, capabilities below ``OLDEST`` are left out.
 
     Raises:
-        NativeError: the list has something else than compute capabilities.
+        NativeError: the list has something else than compute capabilities, or only older ones.
     """
-    import torch
-
     wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    if not wish:
-        return ("-arch=native" if torch.cuda.is_available() else "-arch=all-major",)
+    wanted = wish or ";".join(map(_dotted, _capabilities())) or "8.0;9.0+PTX"
     flags = []
-    for item in wish.replace(" ", ";").split(";"):
+    for item in wanted.replace(" ", ";").split(";"):
         number, _, ptx = item.partition("+")
         digits = number.replace(".", "")
         if number.count(".") != 1 or not digits.rstrip("af").isdigit() or ptx not in ("", "PTX"):
             raise NativeError(
                 f"TORCH_CUDA_ARCH_LIST has '{item}': it takes capabilities, e.g. 8.0;9.0+PTX"
             )
+        if int(number.partition(".")[0]) < OLDEST[0]:
+            continue
         flags.append(f"-gencode=arch=compute_{digits},code=sm_{digits}")
         if ptx:
             flags.append(f"-gencode=arch=compute_{digits},code=compute_{digits}")
+    if not flags:
+        raise NativeError(
+            f"TORCH_CUDA_ARCH_LIST is '{wish}', and the kernels need {_dotted(OLDEST)} or newer"
+        )
     return tuple(flags)
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    """Compute capabilities of the GPUs here that kernels can be compiled for, each once."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = {torch.cuda.get_device_capability(number) for number in range(count)}
+    return sorted(capability for capability in found if capability >= OLDEST)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)
 
 
 def _last_line(error: Exception) -> str:

@@ -49,20 +49,25 @@ def choose_graphs(wanted: str, device: torch.device, backend: str, method: Metho
 
 
 class Capture(Protocol):
-    """Records ``step`` without running it; gives its outputs and what runs it into them."""
+    """Records ``step``, which works on the GPU ``device``, without running it; gives its outputs
+    and what runs it into them."""
 
     def __call__(
-        self, step: Callable[[], tuple[Tensor, ...]]
+        self, step: Callable[[], tuple[Tensor, ...]], device: torch.device
     ) -> tuple[tuple[Tensor, ...], Callable[[], None]]: ...
 
 
 def capture_graph(
-    step: Callable[[], tuple[Tensor, ...]],
+    step: Callable[[], tuple[Tensor, ...]], device: torch.device
 ) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
     """``step`` as a CUDA graph, in memory of its own."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
+    # The stream that PyTorch would take is one of the first GPU that captured anything. And what
+    # other threads ask of CUDA meanwhile, as those that pin a loader's batches do, is no mistake.
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            outputs = step()
     return outputs, graph.replay
 
 
@@ -103,7 +108,7 @@ class Replayed:
         if self._replay is None:
             self._inputs = tuple(x.clone() for x in inputs)
             own = self._inputs
-            self._outputs, self._replay = self._capture(lambda: self._step(*own))
+            self._outputs, self._replay = self._capture(lambda: self._step(*own), inputs[0].device)
         for own_input, given in zip(self._inputs, inputs, strict=True):
             own_input.copy_(given)
         self._replay()

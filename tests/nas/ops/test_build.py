@@ -353,16 +353,91 @@ def test_cuda_is_decided_aloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         toolchain.find_cuda(tmp_path)
 
 
-def test_cuda_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A CUDA toolkit that fits torch."""
+    monkeypatch.setattr(toolchain, "find_cuda_home", lambda: tmp_path)
+    monkeypatch.setattr(toolchain, "_nvcc_release", lambda home: "13.0")
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    return tmp_path
+
+
+def pretend_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda n: capabilities[n])
+
+
+@pytest.mark.parametrize(
+    ("wish", "gpus", "builds", "why"),
+    [
+        ("", [(9, 0)], True, "a GPU is here"),
+        ("", [(7, 5), (8, 6)], True, "a GPU is here"),
+        ("", [(7, 5)], False, "no GPU of compute capability 8.0 or newer"),
+        ("", [], False, "no GPU; FORCE_CUDA=1 compiles for one elsewhere"),
+        ("0", [(9, 0)], False, "FORCE_CUDA=0"),
+        ("1", [], True, "FORCE_CUDA=1"),
+    ],
+)
+def test_cuda_is_compiled_where_it_can_run_or_is_asked_for(
+    wish: str,
+    gpus: list[tuple[int, int]],
+    builds: bool,
+    why: str,
+    toolkit: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FORCE_CUDA", wish)
+    pretend_gpus(monkeypatch, *gpus)
+    cuda = toolchain.find_cuda(ROOT / "csrc")
+    assert cuda == Cuda(toolkit if builds else None, why)
+    rules = {unit.rule for unit in recipe.units(ROOT / "csrc", GCC, cuda)}
+    assert rules == ({"cxx", "nvcc"} if builds else {"cxx"})
+
+
+def test_a_build_says_what_it_is_for_and_why(
+    toolkit: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    assert toolchain.cuda_architectures() == (
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90,code=sm_90",
-        "-gencode=arch=compute_90,code=compute_90",
-    )
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(NativeError, match="has 'Hopper'"):
-        toolchain.cuda_architectures()
+    for wish, said in (
+        ("0", "no CUDA (FORCE_CUDA=0)"),
+        ("1", "CUDA for sm_80 sm_90 compute_90 (FORCE_CUDA=1)"),
+    ):
+        monkeypatch.setenv("FORCE_CUDA", wish)
+        plan = recipe.plan_build()
+        assert plan.summary.endswith(f", {said}")
+        nvcc = [edge for edge in plan.edges if str(toolkit / "bin" / "nvcc") in edge.command]
+        assert len(nvcc) == (wish == "1") * len([*(ROOT / "csrc" / "cuda").glob("*.cu")])
+        for edge in nvcc:
+            assert "-gencode=arch=compute_80,code=sm_80" in edge.command
+
+
+def test_cuda_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, (9, 0))
+    codes = {
+        "80": "-gencode=arch=compute_80,code=sm_80",
+        "90": "-gencode=arch=compute_90,code=sm_90",
+        "90 PTX": "-gencode=arch=compute_90,code=compute_90",
+    }
+    for wish, names in (
+        ("8.0;9.0+PTX", ["80", "90", "90 PTX"]),
+        ("7.0 7.5 8.0", ["80"]),  # as of a whole machine
+        ("", ["90"]),
+    ):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wish)
+        assert toolchain.cuda_architectures() == tuple(codes[name] for name in names)
+    for wish, message in (("Hopper", "has 'Hopper'"), ("7.5", "'7.5', and the kernels need 8.0")):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wish)
+        with pytest.raises(NativeError, match=message):
+            toolchain.cuda_architectures()
+
+
+def test_without_a_gpu_cuda_is_compiled_for_all_that_may_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend_gpus(monkeypatch)
+    flags = toolchain.cuda_architectures()
+    assert [flag.rpartition("=")[2] for flag in flags] == ["sm_80", "sm_90", "compute_90"]
 
 
 # The build at first use

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from benchmarks.cuda_registers import HOT, Kernel, compile_kernels, parse, report
+from benchmarks.cuda_registers import HOT, Kernel, compile_kernels, main, parse, report
 from nas.ops import toolchain
 
 REPORT = """
@@ -18,9 +22,27 @@ ptxas info    : Used 128 registers, used 1 barriers, 40 bytes cumulative stack s
 def test_the_report_is_read() -> None:
     kernel = Kernel("dots<float, 4>", 90, registers=128, shared=16, stack=40, spills=8)
     assert parse(REPORT) == [kernel]
-    assert report([kernel], "nvcc 1").splitlines()[-1] == (
-        "| **`dots<float, 4>`** | 90 | 128 | 16 | 40 | 8 |"
+    older = replace(kernel, architecture=80, registers=96)
+    assert report([kernel, older, kernel], "nvcc 1").splitlines()[-1] == (
+        "| **`dots<float, 4>`** | 96, 128 | 16 | 40 | 8 |"
     )
+
+
+def test_the_log_of_a_build_is_read_and_spills_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if shutil.which("c++filt") is None:
+        pytest.skip("no c++filt here")
+    log, table = tmp_path / "build.log", tmp_path / "results" / "registers.md"
+    arguments = ["--log", str(log), "--report", str(table)]
+    log.write_text(REPORT)
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == "dots<float, 4> spills\n"
+    log.write_text(REPORT.replace("<float", "<double"))  # for comparisons, so it may
+    assert main(arguments) == 0
+    assert "| `dots<double, 4>` | 128 | 16 | 40 | 8 |" in table.read_text()
+    log.write_text("ninja: no work to do.\n")
+    assert main(arguments) == 1
 
 
 @pytest.mark.parametrize("kind", ["float"])

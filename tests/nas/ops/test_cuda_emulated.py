@@ -287,6 +287,21 @@ def test_cuda_bits_repeat() -> None:
 # ---- arguments ----
 
 
+def test_cuda_obeys_the_newer_switch_of_tensor_cores_too() -> None:
+    """After which PyTorch does not tell any more what the older one says."""
+    call = draw_call(WIDE, 2).to(torch.float32)
+    plain = run(emulated_cells.mixed_cell, call)
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "tf32"
+        assert not same_bits(run(emulated_cells.mixed_cell, call), plain)
+        products.fp32_precision = "ieee"
+        assert same_bits(run(emulated_cells.mixed_cell, call), plain)
+    finally:
+        products.fp32_precision = before
+
+
 def test_cuda_types_that_do_not_go_together_are_refused() -> None:
     call = draw_call(FULL)
     for weights, images, message in (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from nas.errors import UnknownNameError
 from nas.search import METHODS
 from nas.search.bilevel import BilevelSearch
 from nas.search.method import SearchConfig
-from nas.search.replay import WARMUPS, Replayed, choose_graphs
+from nas.search.replay import WARMUPS, Replayed, capture_graph, choose_graphs
 from nas.spaces.darts.supernet import Mixing, SupernetConfig
 
 Outputs = tuple[Tensor, ...]
@@ -29,7 +30,10 @@ class Recorder:
         self.captures = 0
         self.replays = 0
 
-    def __call__(self, step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+    def __call__(
+        self, step: Callable[[], Outputs], device: torch.device
+    ) -> tuple[Outputs, Callable[[], None]]:
+        assert device == CPU  # where the step's tensors are
         self.captures += 1
         outputs: list[Tensor] = [torch.empty(0), torch.empty(0)]
 
@@ -59,6 +63,36 @@ def test_a_kind_is_captured_once_and_another_anew() -> None:
     assert recorder.captures == 4
     assert recorder.replays == 4 * 2
     assert len(seen) == calls  # a step is never run twice, nor left out
+
+
+def test_a_capture_is_made_on_the_gpu_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of several in a process, on a stream of its own."""
+    seen: list[str] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        seen.append(f"on {device}")
+        yield
+        seen.append("off")
+
+    @contextmanager
+    def graph(made: object, *, stream: str, capture_error_mode: str) -> Iterator[None]:
+        seen.append(f"captures on {stream}, {capture_error_mode}")
+        yield
+        seen.append("captured")
+
+    def step() -> Outputs:
+        seen.append("step")
+        return ()
+
+    made = SimpleNamespace(replay=lambda: seen.append("replay"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    capture_graph(step, torch.device("cuda:1"))[1]()
+    begin = ["on cuda:1", "captures on a stream of cuda:1, thread_local"]
+    assert seen == [*begin, "step", "captured", "off", "replay"]
 
 
 def search(
