@@ -75,15 +75,15 @@ def main() -> int:
     import pytest
     import torch
 
-    from benchmarks import gpu_check
+    from benchmarks import gpu_check, gpu_steps
     from nas.search import METHODS, SearchConfig
     from nas.spaces.darts.supernet import SupernetConfig
 
     print(f"gpu-check: {gpu_check.main([])}")
     os.environ["NAS_TRANSFER_NO_EXTENSION"] = "1"  # or it would be compiled
     small = SearchConfig(SupernetConfig(2, 3), batch_size=8)
-    task, cpu = gpu_check.noise(48, 8, 1), torch.device("cpu")
-    seconds = gpu_check.epoch_seconds(task, METHODS["darts"], small, cpu)
+    task, cpu = gpu_steps.noise(48, 8, 1), torch.device("cpu")
+    seconds = gpu_steps.epoch_seconds(task, METHODS["darts"], small, cpu)
     print(f"searched: {seconds > 0}")
     return int(pytest.main(["-p", "no:cacheprovider", *(str(ROOT / t) for t in gpu_check.TESTS)]))
 

@@ -1,7 +1,7 @@
 """The authors' own DARTS and PC-DARTS, from checkouts outside the project, as opponents.
 
-Their code is loaded where it lies and not altered. It asks for a GPU in so many words, which is
-answered by staying on the CPU; the one call that PyTorch has since renamed is in the training
+Their code is loaded where it lies and not altered. It asks for a GPU in so many words, which on the
+CPU is answered by staying there; the one call that PyTorch has since renamed is in the training
 script, whose few lines of a search step are done here.
 """
 
@@ -79,10 +79,11 @@ class Authors:
         network, architect = _load_modules(setting, peers)
         self.criterion = nn.CrossEntropyLoss()
         config = setting.supernet
-        with _on_the_cpu(), torch.random.fork_rng(devices=()):
+        self.device = search.device
+        with _on(self.device), torch.random.fork_rng(devices=()):
             self.model = network.Network(
                 config.channels, setting.classes, config.cells, self.criterion
-            )
+            ).to(self.device)
         load_weights(self.model, self.twin)
         self.clip = search.config.gradient_clip
         self.rate = search.config.learning_rate
@@ -113,7 +114,7 @@ class Authors:
         self.optimiser.step()
 
     def second_order(self) -> None:
-        with _on_the_cpu(), warnings.catch_warnings():
+        with _on(self.device), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of an old order of arguments
             self._architecture_step(unrolled=True)
 
@@ -265,8 +266,11 @@ def _import(folder: Path, *names: str) -> list[ModuleType]:
 
 
 @contextmanager
-def _on_the_cpu() -> Iterator[None]:
-    """Their ``.cuda()`` stays on the CPU."""
+def _on(device: torch.device) -> Iterator[None]:
+    """On the CPU their ``.cuda()`` stays there; on a GPU they have what they ask for."""
+    if device.type != "cpu":
+        yield
+        return
 
     def stay(self: Tensor | nn.Module) -> Tensor | nn.Module:
         return self

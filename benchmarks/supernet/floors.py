@@ -78,30 +78,38 @@ def measure_rates(threads: int, probe: Callable[[], bool] | None, tries: int = 5
 def find_floors(setting: Setting, rates: Rates) -> list[Floor]:
     """The floors of every phase of ``setting``."""
     supernet = Supernet(setting.shape, setting.supernet, seed=0)
-    operations = 2 * setting.batch * multiply_adds(supernet)
-    states = FLOAT * setting.batch * state_elements(supernet)
-    weights = FLOAT * supernet.weights.numel()
     floors = []
     for phase in (FORWARD, BACKWARD, ARCHITECTURE, STEP, SECOND_ORDER):
         if phase == SECOND_ORDER and not setting.second_order:
             continue
-        forward, inputs, of_weights = PASSES[phase]
-        gflop = 1e-9 * operations * (forward + inputs + of_weights)
-        # Forward a state is written and read; backward it and its gradient are read, and a
-        # gradient is written. Weights are read in either direction, and their gradients written.
-        traffic = states * (2 * forward + 3 * inputs) + weights * (forward + inputs + of_weights)
+        gflop, gigabytes = work(supernet, setting.batch, phase)
         floors.append(
             Floor(
                 setting,
                 phase,
                 rates.threads,
                 gflop,
-                1e-9 * traffic,
+                gigabytes,
                 1000 * gflop / rates.gflops,
-                1e-6 * traffic / rates.copy_gb_s,
+                1000 * gigabytes / rates.copy_gb_s,
             )
         )
     return floors
+
+
+def work(
+    supernet: Supernet, batch: int, phase: str = STEP, bytes_each: int = FLOAT
+) -> tuple[float, float]:
+    """GFLOP and gigabytes that ``phase`` must do at least, see :class:`Floor`; ``bytes_each`` is
+    what a number of an image takes."""
+    forward, inputs, of_weights = PASSES[phase]
+    passes = forward + inputs + of_weights
+    operations = 2 * batch * multiply_adds(supernet) * passes
+    # Forward a state is written and read; backward it and its gradient are read, and a gradient is
+    # written. Weights are read in either direction, and their gradients written.
+    states = bytes_each * batch * state_elements(supernet) * (2 * forward + 3 * inputs)
+    weights = FLOAT * supernet.weights.numel() * passes
+    return 1e-9 * operations, 1e-9 * (states + weights)
 
 
 def multiply_adds(supernet: Supernet) -> int:

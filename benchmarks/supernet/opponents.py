@@ -59,7 +59,7 @@ class Ours:
         # The optimisers hold the search's parameters: the other supernet takes them over.
         for name in ("weights", "alphas", "betas"):
             setattr(supernet, name, getattr(search.supernet, name))
-        search.supernet = supernet
+        search.supernet = supernet.to(search.device)
         self.search = search
         self.train, self.validation = next(search.batches())
 
@@ -91,14 +91,19 @@ class Ours:
         return Evidence(scores, weights, torch.cat([part.flatten() for part in architecture]))
 
 
-def make_opponent(name: str, setting: Setting, peers: Path | None = None) -> Opponent:
+CPU = torch.device("cpu")
+
+
+def make_opponent(
+    name: str, setting: Setting, peers: Path | None = None, device: torch.device = CPU
+) -> Opponent:
     """The implementation called ``name``, ready to step; all begin with the same weights.
 
     Raises:
         UnavailableError: it cannot take part on this machine or at this setting.
     """
-    method, cpu = find_method(setting.method), torch.device("cpu")
-    search = BilevelSearch(setting.task(), method, setting.search_config(), seed=SEED, device=cpu)
+    method, config = find_method(setting.method), setting.search_config()
+    search = BilevelSearch(setting.task(), method, config, seed=SEED, device=device)
     if name == "compile":
         # Here, since the compiler takes 150 MB that no other implementation should be charged.
         from benchmarks.supernet.compiled import CompiledSupernet

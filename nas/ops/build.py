@@ -74,12 +74,14 @@ def installed() -> Path:
     """The folder of the extension that came with the package or was built in place.
 
     Raises:
-        NativeError: it is not there, or was built for something else.
+        NativeError: it is not there, was built for something else, or lacks a CUDA that is forced.
     """
     folder = Path(__file__).parents[1]
     if switched_on("NAS_TRANSFER_SANITIZE"):
         raise NativeError("NAS_TRANSFER_SANITIZE asks for an extension of its own")
     check(folder)
+    if os.environ.get("FORCE_CUDA") == "1" and "no CUDA" in _read_stamp(folder)["summary"]:
+        raise NativeError("FORCE_CUDA=1 asks for CUDA, which the package's extension is without")
     return folder
 
 

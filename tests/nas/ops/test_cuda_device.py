@@ -113,6 +113,7 @@ def test_device_graph_replays_the_same_bits() -> None:
     call = on_gpu(draw_call(PLANS["darts"], 8, (16, 16)).to(torch.float32))
     expected = run(native.mixed_cell, call)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run(native.mixed_cell, call)
     torch.cuda.synchronize()
