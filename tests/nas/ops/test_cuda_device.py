@@ -10,12 +10,16 @@ from hypothesis import given, settings
 from native_cells import INPUTS, Call, assert_close, calls, draw_call, error, run, same_bits
 from torch import Tensor
 
+from benchmarks.gpu_steps import noise
 from nas.errors import ConfigurationError
 from nas.ops import mixed, native
 from nas.ops.backend import choose
 from nas.ops.mixed import CellPlan
+from nas.search import METHODS, BilevelSearch, SearchConfig
+from nas.spaces.darts.supernet import SupernetConfig
 
 pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda", 0)
 
 PLANS = {
     "darts": CellPlan(48, 64, 16, 1, reduction=False, previous_reduction=False),
@@ -36,9 +40,9 @@ def _gpu() -> None:
         pytest.skip(str(refused))
 
 
-def on_gpu(call: Call) -> Call:
+def on_gpu(call: Call, device: torch.device = GPU) -> Call:
     tensors = {
-        name: value.cuda()
+        name: value.to(device)
         for name, value in vars(call).items()
         if isinstance(value, Tensor) and value.is_floating_point()
     }
@@ -123,3 +127,54 @@ def test_device_graph_replays_the_same_bits() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert same_bits(captured, expected)
+
+
+def test_device_streams_are_respected() -> None:
+    """What is queued before on the same stream is done before: there are no numbers without it."""
+    call = on_gpu(draw_call(PLANS["pcdarts"], 8, (16, 16), edges=True).to(torch.float32))
+    expected = run(native.mixed_cell, call)
+    late = call.before.clone()
+    call.before.fill_(float("nan"))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)  # clock cycles
+        call.before.copy_(late)
+        found = run(native.mixed_cell, call)
+    torch.cuda.synchronize()
+    assert same_bits(found, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU or none")
+def test_device_need_not_be_the_current_one() -> None:
+    call = draw_call(PLANS["darts"], 4, (16, 16)).to(torch.float32)
+    found = []
+    for number in range(2):
+        results = run(native.mixed_cell, on_gpu(call, torch.device("cuda", number)))
+        assert all(value.device.index == number for value in results.values())
+        found.append({name: value.cpu() for name, value in results.items()})
+    assert torch.cuda.current_device() == 0
+    assert same_bits(*found)
+
+
+@pytest.mark.parametrize("method", ["darts", "pcdarts"])
+def test_device_search_that_replays_goes_where_one_goes_that_does_not(method: str) -> None:
+    """By the rounding of a few steps: sums of PyTorch's own kernels may change their order."""
+    partial = 2 if method == "pcdarts" else 1
+    config = SearchConfig(
+        SupernetConfig(4, 3, partial, edge_normalisation=partial > 1), epochs=2, batch_size=8
+    )
+    results = {}
+    for graphs in ("auto", "off"):
+        search = BilevelSearch(
+            noise(96, 8, 3),
+            METHODS[method],
+            config,
+            seed=0,
+            device=torch.device("cuda"),
+            backend="native",
+            cuda_graphs=graphs,
+        )
+        assert search.graphs.used == (graphs == "auto")
+        results[graphs] = search.run().supernet.state_dict()
+    for name, value in results["off"].items():
+        torch.testing.assert_close(results["auto"][name], value, rtol=1e-3, atol=1e-4, msg=name)
