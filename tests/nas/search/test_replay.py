@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +123,23 @@ def test_a_search_that_replays_ends_with_the_same_bits(few_digits: ImageTask, me
         assert torch.equal(found.supernet.state_dict()[name], value), name
     assert found.records[-1].metrics["supernet/train_loss"] == pytest.approx(
         expected.records[-1].metrics["supernet/train_loss"], abs=0
+    )
+
+
+def test_what_python_decides_in_a_step_makes_it_another_kind(few_digits: ImageTask) -> None:
+    made = search(few_digits, None, "darts")
+    mixing = made.method.mixing(made.supernet)
+    some = torch.ones(mixing.operations.shape, dtype=torch.bool)
+    fewer = some.clone()
+    fewer[0, 3, 5] = False
+    kinds = [made._kind(replace(mixing, active=active)) for active in (None, some, fewer)]
+    made.heads = (slice(0, 5), None)
+    kinds.append(made._kind(mixing))
+    made.epoch = 1
+    kinds.append(made._kind(mixing))
+    assert len(set(kinds)) == len(kinds)
+    assert made._kind(replace(mixing, active=fewer)) == made._kind(
+        replace(mixing, active=fewer.clone())
     )
 
 
