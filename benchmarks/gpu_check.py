@@ -1,6 +1,6 @@
 """Everything that wants a GPU, in one call of under nine minutes (make gpu-check).
 
-    python -m benchmarks.gpu_check [--skip-tests] [--peers PATH] [--json FILE]
+    python -m benchmarks.gpu_check [--peers PATH] [--parts NAME ...] [--json FILE]
 
 Builds the kernels for the GPU at hand, runs their tests, measures what the GPU can and times the
 search step and epochs of whole searches, and runs one small step under compute-sanitizer where that
@@ -8,7 +8,8 @@ tool is. Needs torch, pytest, hypothesis, numpy and nvcc; ``--peers`` names the 
 authors' checkouts. Results go to benchmarks/results/, named by device.
 
 Each part is a process of its own with a time of its own, and what it has found is written as soon
-as it ends, however it ends: a kernel that fails takes every later call of its process with it.
+as it ends, however it ends: a kernel that fails takes every later call of its process with it. For
+what there was no time, ``--parts`` with another ``--json`` makes up.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_steps import IMPLEMENTATIONS, Row, floor_ms
+from benchmarks.gpu_steps import Row, floor_ms
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = 520.0  # of nine minutes; what does not fit any more is left out, and said
@@ -56,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status, which is 0 where all of build, tests and sanitizers
     went well."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--peers", type=Path, help="the folder of the authors' checkouts")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these, e.g. build tests")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     started = time.monotonic()
@@ -68,35 +69,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.json or RESULTS / f"gpu-{device}.json"
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows"
-        outcomes = run_parts(parts(rows, options.peers, options.skip_tests), rows, path, started)
+        wanted = [
+            part
+            for part in parts(rows, options.peers)
+            if options.parts is None or part.name in options.parts
+        ]
+        outcomes = run_parts(wanted, rows, path, started)
     checks = ("build", "tests", "memcheck", "racecheck")
     return int(any(o["outcome"] != DONE for o in outcomes if o["part"] in checks))
 
 
-def parts(rows: Path, peers: Path | None, skip_tests: bool) -> list[Part]:
+def parts(rows: Path, peers: Path | None) -> list[Part]:
     """Most telling first: the time may not be enough for all."""
     steps = (sys.executable, "-m", "benchmarks.gpu_steps")
     write = ("--rows", str(rows), *(("--peers", str(peers)) if peers else ()))
-    timed = {
-        name: Part(name, (*steps, name, *write), 60)
-        for name in IMPLEMENTATIONS
-        if name != "authors" or peers
-    }
-    build = Part("build", (*steps, "build"), 300, needed=True)
-    tests = Part("tests", (sys.executable, "-m", "pytest", "-q", *TESTS), 150)
-    rates = Part("rates", (*steps, "rates", *write), 40)
-    searches = Part("searches", (*steps, "searches", *write), 120)
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         print("compute-sanitizer is not here: memcheck and racecheck are left out")
     checks = [
-        Part(check, (str(tool), "--tool", check, "--error-exitcode", "1", *steps, "small"), 60)
+        Part(check, (str(tool), "--tool", check, "--error-exitcode", "1", *steps, "small"), 45)
         for check in ("memcheck", "racecheck")
         if tool
     ]
-    first = [timed.pop("native"), timed.pop("native-graphs"), searches, timed.pop("eager")]
-    tested = [] if skip_tests else [tests]
-    return [build, *tested, rates, *first, *([] if skip_tests else checks), *timed.values()]
+
+    def measured(name: str, seconds: float) -> Part:
+        return Part(name, (*steps, name, *write), seconds)
+
+    return [
+        Part("build", (*steps, "build"), 300, needed=True),
+        Part("tests", (sys.executable, "-m", "pytest", "-q", *TESTS), 150),
+        measured("rates", 40),
+        measured("native", 45),
+        measured("native-graphs", 60),
+        measured("searches", 100),
+        measured("eager", 50),
+        measured("compiled-graphs", 120),
+        *([measured("authors", 50)] if peers else []),
+        *checks,
+        *(measured(name, 40) for name in ("channels-last", "eager-graphs", "compiled")),
+    ]
 
 
 def run_parts(parts: Sequence[Part], rows: Path, path: Path, started: float) -> list[Row]:

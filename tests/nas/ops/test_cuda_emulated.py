@@ -89,6 +89,28 @@ def test_cuda_smallest_images(plan: CellPlan, size: tuple[int, int]) -> None:
         compare(draw_call(plan, images, size, missing=(1, 1), training=training, edges=True))
 
 
+def test_cuda_images_may_begin_between_two_reads_of_16_bytes() -> None:
+    """The channels would allow such reads, the address does not."""
+    call = draw_call(WIDE, 3)
+    memory = torch.empty(call.previous.numel() + 1, dtype=torch.float64)
+    images = memory[1:].view(3, 5, 6, WIDE.previous).permute(0, 3, 1, 2)
+    images.copy_(call.previous)
+    assert images.data_ptr() % 16 == 8
+    images.requires_grad_()
+    output = emulated_cells.mixed_cell(
+        WIDE,
+        call.before,
+        images,
+        call.weights,
+        Statistics(call.mean.clone(), call.variance.clone(), training=True),
+        call.operations,
+    )
+    (gradient,) = torch.autograd.grad(output, images, call.gradient)
+    expected = run(mixed.mixed_cell, call)
+    wanted = {name: expected[name] for name in ("output", "previous")}
+    assert_close({"output": output.detach(), "previous": gradient}, wanted)
+
+
 def test_cuda_without_a_backward_pass_keeps_nothing() -> None:
     call = draw_call(FULL, 3)
     quiet = run(emulated_cells.mixed_cell, call, needed=())
