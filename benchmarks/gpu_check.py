@@ -86,8 +86,10 @@ def parts(rows: Path, peers: Path | None) -> list[Part]:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         print("compute-sanitizer is not here: memcheck and racecheck are left out")
+    # Each tensor in memory of its own, beyond which nothing may be touched.
+    alone = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", str(tool), "--error-exitcode", "1")
     checks = [
-        Part(check, (str(tool), "--tool", check, "--error-exitcode", "1", *steps, "small"), 45)
+        Part(check, (*alone, "--tool", check, *steps, "small"), 45)
         for check in ("memcheck", "racecheck")
         if tool
     ]

@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.part == "build":
         return build_kernels()
     if options.part == "small":
-        make_step(Case("darts", 2, "tf32", "native"), channels=4, cells=3, size=8)()
+        for method, numbers in (("darts", "tf32"), ("pcdarts", "float32"), ("darts", "bfloat16")):
+            make_step(Case(method, 2, numbers, "native"), channels=8, cells=3, size=8)()
         torch.cuda.synchronize()
         return 0
     parts: dict[str, Callable[[], Iterator[Row]]] = {
