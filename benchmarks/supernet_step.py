@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        with tempfile.TemporaryDirectory() as cache:
-            _measure_all(options, Path(cache))
+        with tempfile.TemporaryDirectory() as folder:
+            _measure_all(options, options.cache or Path(folder))
     except NASError as error:
         complain(str(error))
         return 1
@@ -76,8 +76,8 @@ def _measure_all(options: argparse.Namespace, cache: Path) -> None:
     floors: list[Floor] = []
     settings = _settings(options)
     for threads in options.threads:
-        # Compiled code is made for one number of threads. A cache of its own makes sure that it is
-        # compiled here; the processes for memory, which come first, share it.
+        # Compiled code is made for one number of threads. The processes for memory, which come
+        # first, share it.
         torch.compiler.reset()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / str(threads))
         if options.floors:
@@ -191,6 +191,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", help="write the rows as JSON, after each setting")
+    add(
+        "--cache",
+        type=Path,
+        metavar="PATH",
+        help="keep what torch.compile makes there, which takes minutes, for later runs",
+    )
     add("--picture", type=Path, metavar="FILE", help="draw the search step and its memory")
     add("--peers", type=Path, metavar="PATH", help="where the authors' code is checked out")
     add("--floors", action="store_true", help="compare with what this machine could do at best")
