@@ -579,6 +579,22 @@ def test_what_was_built_for_something_else_is_refused(
         build.check(folder)
 
 
+def test_where_cuda_is_forced_an_extension_without_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build, "check", lambda folder: None)
+    for said in ("no CUDA (no GPU)", "CUDA for sm_90 (a GPU is here)"):
+        monkeypatch.setattr(build, "_read_stamp", lambda folder, said=said: {"summary": said})
+        monkeypatch.delenv("FORCE_CUDA", raising=False)
+        build.installed()
+        monkeypatch.setenv("FORCE_CUDA", "1")
+        if said.startswith("no"):
+            with pytest.raises(NativeError, match="FORCE_CUDA=1 asks for CUDA"):
+                build.installed()
+        else:
+            build.installed()
+
+
 def test_installation_goes_on_without_a_compiler(project: Path) -> None:
     arguments = ("setup.py", "-q", "build_ext", "--inplace")
     done = python(project, *arguments, CXX="/nonexistent")
