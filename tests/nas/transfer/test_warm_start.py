@@ -84,6 +84,15 @@ class TestGroups:
                 tensor.fill_(7)
         assert all((tensor == 7).all() for tensor in supernet.state_dict().values())
 
+    def test_the_classifier_turns_features_into_scores(self, config: SupernetConfig) -> None:
+        supernet, images = trained(config=config), draw(COLOUR)
+        classifier, mixing = supernet.linear_classifier(), mixing_of(supernet)
+        classifier.bias.copy_(torch.arange(4.0))
+        with torch.no_grad():
+            scores = supernet(images, mixing, update_statistics=False)
+            ours = supernet.features(images, mixing) @ classifier.matrix + classifier.bias
+        assert torch.equal(ours, scores)
+
 
 class TestWhatMoves:
     def test_everything_but_the_classifier(self) -> None:
@@ -176,7 +185,7 @@ def test_other_sizes_and_classes(few_digits: ImageTask) -> None:
         start=start(source), backend="eager",
     )  # fmt: skip
     assert_equal("trunk", search.supernet, source)
-    assert search.supernet.groups().classifier["classifier.bias"].shape == (10,)
+    assert search.supernet.linear_classifier().bias.shape == (10,)
     assert not search.weight_optimiser.state
     assert not search.architecture_optimiser.state
     result = search.run()
