@@ -8,7 +8,7 @@ from typing import Any
 
 from nas.data import DATA_SETS
 from nas.data.catalog import FOLDER_PREFIX
-from nas.errors import UnknownNameError
+from nas.errors import ConfigurationError, UnknownNameError
 from nas.search import Method, SearchConfig
 from nas.search.stopping import RULES, Stopping
 from nas.training import TrainConfig
@@ -16,7 +16,9 @@ from nas.transfer.cell import parse_macs
 from nas.transfer.supernet import WarmStartOptions
 from pipeline.presets import Preset
 from pipeline.settings import DataSettings, StackSettings
-from pipeline.warm import WarmSettings
+from pipeline.specification import RUN
+from pipeline.warm import AUTO, WarmSettings
+from pipeline.zoo import PREFIX
 
 
 def search_config(
@@ -63,6 +65,19 @@ def split_names(text: str) -> list[str]:
 def is_data_set(name: str) -> bool:
     """Whether ``name`` is one that the catalog can read."""
     return name.startswith(FOLDER_PREFIX) or name in DATA_SETS
+
+
+def require_no_supernet(source: str) -> None:
+    """Return unless ``source`` names what only a transfer by supernet can begin with.
+
+    Raises:
+        ConfigurationError: it does.
+    """
+    if source == AUTO or source.startswith((RUN, PREFIX)):
+        raise ConfigurationError(
+            f"'{source}' is a supernet to begin with: add --transfer supernet, or name a data set "
+            "to search on"
+        )
 
 
 def warm_settings(

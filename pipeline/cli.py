@@ -22,6 +22,7 @@ from pipeline.asked import (
     default_model_name,
     is_data_set,
     macs_limit,
+    require_no_supernet,
     search_config,
     split_names,
     stack,
@@ -103,6 +104,7 @@ def transfer_command(
     scale, searcher = find_preset(preset), find_method(method)
     data_set = None
     if transfer_by != "supernet" or is_data_set(source):
+        require_no_supernet(source)
         data_set = DataSettings(source, source_size, source_limit, scale.largest)
     transfer(
         TransferSettings(

@@ -82,6 +82,8 @@ def test_pretrained_ranked_taken_and_contributed(
     }  # fmt: skip
     assert [row["distance"] for row in rows] == sorted(row["distance"] for row in rows)
     assert all(row["refused"] == "" and row["overlap"] == 0 for row in rows)
+    # the shared supernet has the sketches of the other two: there were only two to measure
+    assert len(list((place.folder / "home" / "distances").iterdir())) == 2
     taken = rows[0]["supernet"]
     assert f"beginning with {taken}" in output
     assert job.data.metrics["warm/distance"] == rows[0]["distance"]
@@ -108,6 +110,15 @@ def test_pretrained_ranked_taken_and_contributed(
     assert len(place.runs()) == before + 1
     assert "supernet-animals/2" not in versions(place)
 
+    # what it began with counts as its own: it is not for the sets behind that one
+    begun_from = rows[0]["sources"][0]
+    command = ["search", *arguments({**SEARCH, "warm_start": "auto"})]
+    command[command.index("animals")] = begun_from
+    assert main(command) == 0
+    (row,) = [r for r in ranking(place, place.jobs()[-1]) if "animals" in r["supernet"]]
+    assert row["overlap"] == 1
+    assert "what it began with, was searched on 100.0%" in row["refused"]
+
 
 def test_named_beginnings_are_all_the_same_supernet(
     place: Place, capsys: pytest.CaptureFixture[str]
@@ -126,6 +137,12 @@ def test_named_beginnings_are_all_the_same_supernet(
         run_id = place.jobs()[-1].data.tags["lineage.search_run"]
         outcomes.append(run_id)
     assert len(set(outcomes)) == 1  # one search, reused
+    by_its_trunk = set()
+    for features in ("supernet-digits", f"run:{step.info.run_id}"):
+        wanted = {"datasets": "digits,animals", "limit": 100, "features": features}
+        assert main(["distance", *arguments(wanted)]) == 0
+        by_its_trunk.add(place.jobs()[-1].data.metrics["otdd/digits/animals"])
+    assert len(by_its_trunk) == 1
     assert job.info.status == "FINISHED"
     assert main(["search", *arguments(SEARCH)]) == 0
     assert place.jobs()[-1].data.tags["lineage.search_run"] != outcomes[0]
@@ -204,6 +221,13 @@ def test_a_supernet_that_was_altered_is_not_taken(
     assert "is not the file that was registered" in row["refused"]
     assert main(["search", *arguments({**SEARCH, "warm_start": "supernet-digits"})]) == 1
     assert "is not the file that was registered" in capsys.readouterr().err
+
+    (version,) = place.client.search_model_versions("tags.kind = 'supernet'")
+    place.client.delete_logged_model(version.model_id)
+    assert main(["search", *arguments({**SEARCH, "warm_start": "auto"})]) == 0
+    (row,) = ranking(place, place.jobs()[-1])
+    assert row["refused"].startswith("cannot be read: ")
+    assert version.model_id in row["refused"]
 
 
 def test_kills_at_random_moments_change_no_bit(
