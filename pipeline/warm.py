@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from mlflow.entities.model_registry import ModelVersion
+
 from nas.data import ImageTask
-from nas.errors import CheckpointError
+from nas.errors import CheckpointError, TrackingError
 from nas.search import SearchConfig
 from nas.spaces import DartsSpace
 from nas.transfer.nearest import MAX_OVERLAP, Standing, Target, appraise, rank
@@ -27,6 +30,7 @@ from pipeline.zoo import (
     EMBEDDING,
     Beginning,
     compatible_versions,
+    known_distance,
     load_stored,
     publish_supernet,
     supernet_name,
@@ -87,7 +91,8 @@ def begin(
         return None
     require_compatible(beginning.entry.supernet.signature(), required)
     if beginning.overlap > MAX_OVERLAP:
-        warning = f"{beginning.title} was searched on {beginning.overlap:.1%} of these images"
+        share = f"{beginning.overlap:.1%} of these images"
+        warning = f"{beginning.title}, or what it began with, was searched on {share}"
         RunObserver(job.log).on_warning("overlap", warning)
         say(f"warning: {warning}: it shows how well a set teaches itself")
     job.log.set_tags(beginning.lineage())
@@ -132,20 +137,7 @@ def _nearest(
     """The nearest compatible supernet of the registry, once the ranking was shown."""
     tracker = job.log.tracker
     versions = compatible_versions(tracker, required)
-    target: Target | None = None
-    standings = []
-    for version in versions:
-        title = f"{version.name} version {version.version}"
-        target = target or _target(job, task)
-        try:
-            stored = load_stored(tracker, version)
-        except CheckpointError as error:
-            refused = f"cannot be read: {error}"
-            sources = tuple(version.tags.get("dataset", "").split(", "))
-            standings.append(Standing(title, sources, math.inf, 0.0, refused))
-            continue
-        entry = stored.entry
-        standings.append(appraise(title, entry.card, entry.hashes, stored.sketches, target))
+    standings = _appraised(job, task, versions) if versions else []
     ranked = rank(standings)
     _report(job, ranked)
     if not ranked or ranked[0].refused:
@@ -165,6 +157,27 @@ def _nearest(
         distance=best.distance if math.isfinite(best.distance) else None,
         overlap=best.overlap,
     )
+
+
+def _appraised(job: Job, task: ImageTask, versions: Sequence[ModelVersion]) -> list[Standing]:
+    """Where each of ``versions`` stands for ``task``."""
+    target = _target(job, task)
+    standings = []
+    with counting("ranking") as progress:
+        for done, version in enumerate(versions):
+            progress("supernets", done, len(versions))
+            title = f"{version.name} version {version.version}"
+            try:
+                stored = load_stored(job.log.tracker, version)
+            except (CheckpointError, TrackingError) as error:  # others may be sound
+                refused = f"cannot be read: {error}"
+                sources = tuple(version.tags.get("dataset", "").split(", "))
+                standings.append(Standing(title, sources, math.inf, 0.0, refused))
+                continue
+            card, hashes = stored.entry.card, stored.entry.hashes
+            known = partial(known_distance, fresh=job.machine.fresh)
+            standings.append(appraise(title, card, hashes, stored.sketches, target, known))
+    return standings
 
 
 def _report(job: Job, ranked: Sequence[Standing]) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 from small_networks import add
+from workplace import Workplace
 
 from nas.data import ImageTask
 from nas.errors import CheckpointError, TrackingError
@@ -18,6 +20,7 @@ from nas.spaces import DartsSpace
 from nas.spaces.darts.supernet import Supernet, SupernetConfig
 from nas.transfer.otdd import describe
 from nas.transfer.zoo import Card, SourceCard, ZooEntry, image_hashes, save_entry
+from pipeline.cli import main
 from pipeline.registry import Registered, find_version
 from pipeline.tracking import RunLog, Tracker
 from pipeline.zoo import (
@@ -76,6 +79,10 @@ def test_what_was_registered_comes_back(log: RunLog, few_digits: ImageTask, tmp_
     assert sketch.digest == describe(few_digits, EMBEDDING, 0).digest
     assert version.tags["dataset_digest"] == few_digits.digest
     assert json.loads(version.tags["supernet.signature"]) == SIGNATURE
+    files = log.tracker.model_files(registered.model_id)
+    about = json.loads((files / "card.json").read_text())
+    assert about["signature"] == SIGNATURE
+    assert [source["digest"] for source in about["sources"]] == [few_digits.digest]
 
 
 def test_the_same_step_registers_once(log: RunLog, few_digits: ImageTask, tmp_path: Path) -> None:
@@ -141,15 +148,37 @@ class TestRefused:
             load_stored(log.tracker, find_version(log.tracker, "supernet-digits"))
 
 
-def test_a_registry_that_does_not_answer(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_registry(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", address)
-    with pytest.raises(TrackingError, match=r"registry cannot be asked for supernets: .*refused"):
+
+
+def test_a_registry_that_does_not_answer(tracker: Tracker, no_registry: None) -> None:
+    with pytest.raises(TrackingError, match=r"registry .* cannot be used .*refused"):
         check_registry()
-    with pytest.raises(TrackingError, match="MLFLOW_REGISTRY_URI names it"):
+    with pytest.raises(TrackingError, match="MLFLOW_REGISTRY_URI names cannot"):
         compatible_versions(tracker, SIGNATURE)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["pretrain"],
+        ["search", "--contribute"],
+        ["search", "--warm-start", "auto"],
+        ["transfer"],
+        ["transfer", "--transfer", "supernet", "--source", "auto"],
+    ],
+)
+def test_nothing_is_searched_for_a_registry_that_does_not_answer(
+    command: list[str], no_registry: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 1
+    assert "registry that MLFLOW_REGISTRY_URI names cannot be used" in capsys.readouterr().err
+    assert len(MlflowClient().search_runs(["0", "1"])) == 1  # the job, without a step
 
 
 @pytest.mark.parametrize(
