@@ -11,33 +11,31 @@ import typer
 
 from nas.architecture import Skeleton
 from nas.errors import NASError
-from nas.ops.backend import AUTO, FLOAT32
-from nas.search import find_method
-from nas.search.replay import OFF
+from nas.ops.backend import AUTO
 from nas.search.sources import SQUARE_ROOT
 from nas.transfer.otdd import OTDDConfig
-from nas.transfer.supernet import BOTH
 from pipeline import options as o
-from pipeline.asked import (
-    default_model_name,
-    is_data_set,
-    macs_limit,
-    require_no_supernet,
-    search_config,
-    split_names,
-    stack,
-    train_config,
-    warm_settings,
-)
+from pipeline.asked import is_data_set, require_no_supernet, split_names
 from pipeline.console import complain
 from pipeline.distance import DistanceSettings, measure
 from pipeline.evaluate import EvaluateSettings, evaluate
+from pipeline.groups import (
+    CompareOptions,
+    KernelOptions,
+    MachineOptions,
+    NetworkOptions,
+    SearchOptions,
+    SourceOptions,
+    TargetOptions,
+    WarmOptions,
+    expanded,
+)
 from pipeline.job import Machine
 from pipeline.presets import find_preset
 from pipeline.pretrain import PretrainSettings, pretrain
 from pipeline.retrain import RetrainSettings, retrain
 from pipeline.search import SearchSettings, search
-from pipeline.settings import CompareSettings, DataSettings, StackSettings
+from pipeline.settings import DataSettings
 from pipeline.study import StudySettings, study
 from pipeline.transfer import TransferSettings, transfer
 
@@ -56,284 +54,148 @@ app = typer.Typer(
 
 @app.command("main", hidden=True, help="The same as transfer.")
 @app.command("transfer")
+@expanded
 def transfer_command(
     context: typer.Context,
+    images: SourceOptions,
+    target_images: TargetOptions,
+    searching: SearchOptions,
+    warm: WarmOptions,
+    network: NetworkOptions,
+    comparing: CompareOptions,
+    kernels: KernelOptions,
+    machine: MachineOptions,
     source: o.TransferSource = "digits",
     target: o.Target = "animals",
-    method: o.MethodName = "darts",
     transfer_by: o.TransferName = "cell",
-    warm_what: o.WarmWhat = BOTH,
-    alpha_temperature: o.AlphaTemperature = 1.0,
-    learning_rate_scale: o.LearningRateScale = 1.0,
-    warm_stages: o.WarmStages = 0,
-    contribute: o.Contribute = False,
     preset: o.PresetName = "quick",
-    seeds: o.Seeds = 3,
-    seed: o.Seed = 0,
-    source_size: o.SourceSize = None,
-    source_limit: o.SourceLimit = None,
-    target_size: o.TargetSize = None,
-    target_limit: o.TargetLimit = None,
-    search_epochs: o.SearchEpochs = None,
-    search_batch_size: o.SearchBatchSize = None,
-    search_channels: o.SearchChannels = None,
-    search_cells: o.SearchCells = None,
-    stop: o.Stop = "",
-    channels: o.Channels = None,
-    cells: o.Cells = None,
-    max_macs: o.MaxMacs = None,
-    stem: o.Stem = None,
-    train_epochs: o.TrainEpochs = None,
-    train_batch_size: o.TrainBatchSize = None,
-    model_name: o.ModelName = None,
-    device: o.Device = "auto",
-    backend: o.Backend = AUTO,
-    storage: o.Storage = FLOAT32,
-    cuda_graphs: o.CudaGraphs = OFF,
-    workers: o.Workers = 0,
-    parallel: o.Parallel = None,
-    data: o.DataRoot = None,
-    fresh: o.Fresh = False,
-    verbose: o.Verbose = False,
 ) -> None:
     """The main job: search on the source, transfer to the target, train, compare, register.
 
     Ends with a table of the transferred network beside equally many random ones of the same
     space, trained by the same recipe, and with a version in the model registry.
     """
-    scale, searcher = find_preset(preset), find_method(method)
-    data_set = None
-    if transfer_by != "supernet" or is_data_set(source):
+    scale = find_preset(preset)
+    searched = transfer_by != "supernet" or is_data_set(source)
+    if searched:
         require_no_supernet(source)
-        data_set = DataSettings(source, source_size, source_limit, scale.largest)
     transfer(
         TransferSettings(
             transfer=transfer_by,
-            source=data_set,
-            target=DataSettings(target, target_size, target_limit, scale.largest),
-            method=searcher,
-            search=search_config(
-                scale,
-                searcher,
-                search_epochs,
-                search_batch_size,
-                search_channels,
-                search_cells,
-                stop,
-            ),
-            stack=stack(scale, channels, cells, max_macs, stem),
-            compare=CompareSettings(
-                training=train_config(scale, train_epochs, train_batch_size),
-                least_steps=0 if train_epochs else scale.least_steps,
-                seeds=seeds,
-                seed=seed,
-                model_name=model_name or default_model_name(target),
-            ),
-            warm=warm_settings(
-                source, data_set, warm_what, alpha_temperature, learning_rate_scale, warm_stages
-            ),
-            contribute=contribute,
+            source=images.data(source, scale) if searched else None,
+            target=target_images.data(target, scale),
+            method=searching.searcher,
+            search=searching.config(scale),
+            stack=network.stack(scale),
+            compare=comparing.settings(scale, target),
+            warm=warm.settings(source, images, scale),
+            contribute=warm.contribute,
         ),
-        Machine(
-            device,
-            workers,
-            parallel,
-            scale.threads,
-            data,
-            fresh,
-            _options(context),
-            backend,
-            storage,
-            cuda_graphs,
-        ),
+        machine.machine(_options(context), scale, kernels, comparing.parallel),
     )
 
 
 @app.command("search")
+@expanded
 def search_command(
     context: typer.Context,
+    images: SourceOptions,
+    searching: SearchOptions,
+    warm: WarmOptions,
+    kernels: KernelOptions,
+    machine: MachineOptions,
     source: o.Source = "digits",
-    method: o.MethodName = "darts",
     warm_start: o.WarmStartName = "",
-    warm_what: o.WarmWhat = BOTH,
-    alpha_temperature: o.AlphaTemperature = 1.0,
-    learning_rate_scale: o.LearningRateScale = 1.0,
-    warm_stages: o.WarmStages = 0,
-    contribute: o.Contribute = False,
     preset: o.PresetName = "quick",
     seed: o.Seed = 0,
-    source_size: o.SourceSize = None,
-    source_limit: o.SourceLimit = None,
-    search_epochs: o.SearchEpochs = None,
-    search_batch_size: o.SearchBatchSize = None,
-    search_channels: o.SearchChannels = None,
-    search_cells: o.SearchCells = None,
-    stop: o.Stop = "",
-    device: o.Device = "auto",
-    backend: o.Backend = AUTO,
-    storage: o.Storage = FLOAT32,
-    cuda_graphs: o.CudaGraphs = OFF,
-    workers: o.Workers = 0,
-    data: o.DataRoot = None,
-    fresh: o.Fresh = False,
-    verbose: o.Verbose = False,
 ) -> None:
     """Search only: genotype, supernet and pictures of one search on one data set."""
-    scale, searcher = find_preset(preset), find_method(method)
-    config = search_config(
-        scale, searcher, search_epochs, search_batch_size, search_channels, search_cells, stop
-    )
-    warm = None
-    if warm_start:
-        data_set = (
-            DataSettings(warm_start, source_size, source_limit, scale.largest)
-            if is_data_set(warm_start)
-            else None
-        )
-        warm = warm_settings(
-            warm_start, data_set, warm_what, alpha_temperature, learning_rate_scale, warm_stages
-        )
-    asked = DataSettings(source, source_size, source_limit, scale.largest)
+    scale = find_preset(preset)
     search(
-        SearchSettings(asked, searcher, config, seed, warm, contribute),
-        Machine(
-            device,
-            workers,
-            None,
-            scale.threads,
-            data,
-            fresh,
-            _options(context),
-            backend,
-            storage,
-            cuda_graphs,
+        SearchSettings(
+            images.data(source, scale),
+            searching.searcher,
+            searching.config(scale),
+            seed,
+            warm.settings(warm_start, images, scale) if warm_start else None,
+            warm.contribute,
         ),
+        machine.machine(_options(context), scale, kernels),
     )
 
 
 @app.command("pretrain")
+@expanded
 def pretrain_command(
     context: typer.Context,
+    images: SourceOptions,
+    searching: SearchOptions,
+    kernels: KernelOptions,
+    machine: MachineOptions,
     sources: o.Sources = "digits",
     each: o.Each = False,
     sampling: o.Sampling = SQUARE_ROOT,
-    method: o.MethodName = "darts",
     preset: o.PresetName = "quick",
     seed: o.Seed = 0,
-    source_size: o.SourceSize = None,
-    source_limit: o.SourceLimit = None,
-    search_epochs: o.SearchEpochs = None,
-    search_batch_size: o.SearchBatchSize = None,
-    search_channels: o.SearchChannels = None,
-    search_cells: o.SearchCells = None,
-    stop: o.Stop = "",
-    device: o.Device = "auto",
-    backend: o.Backend = AUTO,
-    storage: o.Storage = FLOAT32,
-    cuda_graphs: o.CudaGraphs = OFF,
-    workers: o.Workers = 0,
-    data: o.DataRoot = None,
-    fresh: o.Fresh = False,
-    verbose: o.Verbose = False,
 ) -> None:
     """Search supernets and register them, for other searches to begin with.
 
     Several sources share one supernet with a head each. A later `transfer --transfer supernet
     --source auto` takes the registered supernet that is nearest to its target.
     """
-    scale, searcher = find_preset(preset), find_method(method)
+    scale = find_preset(preset)
     pretrain(
         PretrainSettings(
-            sources=tuple(
-                DataSettings(name, source_size, source_limit, scale.largest)
-                for name in split_names(sources)
-            ),
-            method=searcher,
-            config=search_config(
-                scale,
-                searcher,
-                search_epochs,
-                search_batch_size,
-                search_channels,
-                search_cells,
-                stop,
-            ),
+            sources=tuple(images.data(name, scale) for name in split_names(sources)),
+            method=searching.searcher,
+            config=searching.config(scale),
             seed=seed,
             sampling=sampling,
             each=each,
         ),
-        Machine(
-            device,
-            workers,
-            None,
-            scale.threads,
-            data,
-            fresh,
-            _options(context),
-            backend,
-            storage,
-            cuda_graphs,
-        ),
+        machine.machine(_options(context), scale, kernels),
     )
 
 
 @app.command("retrain")
+@expanded
 def retrain_command(
     context: typer.Context,
+    target_images: TargetOptions,
+    network: NetworkOptions,
+    comparing: CompareOptions,
+    machine: MachineOptions,
     architecture: o.ArchitectureName = "DARTS_V2",
     target: o.Target = "animals",
     preset: o.PresetName = "quick",
-    seeds: o.Seeds = 3,
-    seed: o.Seed = 0,
-    target_size: o.TargetSize = None,
-    target_limit: o.TargetLimit = None,
-    channels: o.Channels = None,
-    cells: o.Cells = None,
-    max_macs: o.MaxMacs = None,
-    stem: o.Stem = None,
-    train_epochs: o.TrainEpochs = None,
-    train_batch_size: o.TrainBatchSize = None,
-    model_name: o.ModelName = None,
-    device: o.Device = "auto",
-    workers: o.Workers = 0,
-    parallel: o.Parallel = None,
-    data: o.DataRoot = None,
-    fresh: o.Fresh = False,
-    verbose: o.Verbose = False,
 ) -> None:
     """Train a known architecture, compare it with random ones, and register it."""
     scale = find_preset(preset)
     retrain(
         RetrainSettings(
             architecture=architecture,
-            target=DataSettings(target, target_size, target_limit, scale.largest),
+            target=target_images.data(target, scale),
             skeleton=Skeleton("cifar", scale.channels, scale.cells),
-            stack=StackSettings(channels, cells, macs_limit(max_macs), stem),
-            compare=CompareSettings(
-                training=train_config(scale, train_epochs, train_batch_size),
-                least_steps=0 if train_epochs else scale.least_steps,
-                seeds=seeds,
-                seed=seed,
-                model_name=model_name or default_model_name(target),
-            ),
+            stack=network.given(),
+            compare=comparing.settings(scale, target),
         ),
-        Machine(device, workers, parallel, scale.threads, data, fresh, _options(context)),
+        machine.machine(_options(context), scale, parallel=comparing.parallel),
     )
 
 
 @app.command("evaluate")
+@expanded
 def evaluate_command(
     context: typer.Context,
+    target_images: TargetOptions,
     model: o.ModelUri = "nas-animals",
     target: o.Target = "animals",
-    target_size: o.TargetSize = None,
-    target_limit: o.TargetLimit = None,
     data: o.DataRoot = None,
     verbose: o.Verbose = False,
 ) -> None:
     """Test a registered model on the test split, as anyone would use it."""
     evaluate(
-        EvaluateSettings(model, DataSettings(target, target_size, target_limit)),
+        EvaluateSettings(model, target_images.data(target)),
         Machine(device="cpu", data=data, options=_options(context)),
     )
 
@@ -363,10 +225,9 @@ def distance_command(
     the matrix, a heat map and a map of the sets. Images of other sizes and grey ones are made
     alike first; test splits are not looked at.
     """
-    names = [name.strip() for name in datasets.split(",") if name.strip()]
     measure(
         DistanceSettings(
-            datasets=tuple(DataSettings(name, None, limit) for name in names),
+            datasets=tuple(DataSettings(name, None, limit) for name in split_names(datasets)),
             features=features,
             config=OTDDConfig(label_distance, outer, regularisation, debiased),
             points=points,
