@@ -52,7 +52,7 @@ def draw_map(matrix: ArrayLike, names: Sequence[str]) -> Figure:
     distances = np.asarray(matrix, dtype=np.float64)
     places, share = planar_map(distances)
     figure, (axes,) = new_figure(7.0)
-    title = f"data sets by distance, joined with the nearest ({share:.0%} of the squares shown)"
+    title = f"data sets and their nearest (the plane shows {share:.0%} of the squared distances)"
     quiet(axes, title)
     for own, other in enumerate(nearest(distances)):
         joined = places[[own, other]]
