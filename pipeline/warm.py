@@ -21,7 +21,7 @@ from nas.transfer.zoo import ZooEntry, file_digest, image_hashes, load_entry, ov
 from pipeline.console import counting, print_ranking, say
 from pipeline.job import Job, RunObserver
 from pipeline.publishing import publish_step
-from pipeline.registry import Registered, find_version
+from pipeline.registry import Registered, find_version, logged_model_id
 from pipeline.searches import Found, past_search
 from pipeline.settings import DataSettings
 from pipeline.specification import RUN
@@ -29,10 +29,11 @@ from pipeline.steps import StepRun
 from pipeline.zoo import (
     EMBEDDING,
     Beginning,
-    compatible_versions,
     known_distance,
     load_stored,
+    misfit,
     publish_supernet,
+    registered_supernets,
     supernet_name,
 )
 
@@ -136,12 +137,13 @@ def _nearest(
 ) -> Beginning | None:
     """The nearest compatible supernet of the registry, once the ranking was shown."""
     tracker = job.log.tracker
-    versions = compatible_versions(tracker, required)
+    known = registered_supernets(tracker)
+    versions = [version for version in known if not misfit(version, required)]
     standings = _appraised(job, task, versions) if versions else []
     ranked = rank(standings)
     _report(job, ranked)
     if not ranked or ranked[0].refused:
-        why = "none of them may be taken" if ranked else "no compatible supernet is registered"
+        why = "none of them may be taken" if ranked else _nothing_fits(known, required)
         say(f"searching from scratch: {why}")
         return None
     best = ranked[0]
@@ -153,9 +155,20 @@ def _nearest(
         digest=version.tags["supernet.digest"],
         options=options,
         run_id=version.tags.get("lineage.search_run", version.run_id or ""),
-        model_id=version.model_id or "",
+        model_id=logged_model_id(version),
         distance=best.distance if math.isfinite(best.distance) else None,
         overlap=best.overlap,
+    )
+
+
+def _nothing_fits(known: Sequence[ModelVersion], required: Mapping[str, Any]) -> str:
+    """What is said where the registry has no supernet for a search."""
+    if not known:
+        return "no supernet is registered"
+    newest = known[0]
+    return (
+        f"none of the registered supernets ({len(known)}) fits; the newest, {newest.name} version "
+        f"{newest.version}: {misfit(newest, required)}"
     )
 
 
@@ -206,7 +219,7 @@ def _registered(job: Job, name: str, task: ImageTask, options: WarmStartOptions)
         digest=version.tags["supernet.digest"],
         options=options,
         run_id=version.tags.get("lineage.search_run", version.run_id or ""),
-        model_id=version.model_id or "",
+        model_id=logged_model_id(version),
         distance=None,
         overlap=_overlap(entry, task),
     )

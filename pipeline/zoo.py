@@ -16,7 +16,7 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
 from nas.data.catalog import FOLDER_PREFIX
-from nas.errors import TrackingError
+from nas.errors import CheckpointError, TrackingError
 from nas.spaces.base import PRUNED
 from nas.transfer.otdd import (
     DatasetSketch,
@@ -27,7 +27,7 @@ from nas.transfer.otdd import (
     save_sketch,
     shapes,
 )
-from nas.transfer.supernet import WarmStart, WarmStartOptions
+from nas.transfer.supernet import WarmStart, WarmStartOptions, require_compatible
 from nas.transfer.zoo import Card, ZooEntry, file_digest, load_entry
 from pipeline.job import flat
 from pipeline.registry import ACCURACY, DATA, Registered, logged_model_id, publish
@@ -178,8 +178,8 @@ def signature_text(signature: Mapping[str, Any]) -> str:
     return json.dumps(dict(signature), sort_keys=True, separators=(",", ":"))
 
 
-def compatible_versions(tracker: Tracker, required: Mapping[str, Any]) -> list[ModelVersion]:
-    """Registered supernets whose signature has all that is ``required``, the newest first.
+def registered_supernets(tracker: Tracker) -> list[ModelVersion]:
+    """All of them, the newest first.
 
     Raises:
         TrackingError: the registry does not answer.
@@ -196,8 +196,19 @@ def compatible_versions(tracker: Tracker, required: Mapping[str, Any]) -> list[M
             token = page.token
             if not token:
                 break
-    fitting = [version for version in found if required.items() <= _signature(version).items()]
-    return sorted(fitting, key=lambda v: (v.creation_timestamp, v.name), reverse=True)
+    return sorted(found, key=lambda v: (v.creation_timestamp, v.name), reverse=True)
+
+
+def misfit(version: ModelVersion, required: Mapping[str, Any]) -> str:
+    """Why a registered supernet lacks something of what is ``required``; empty where it fits.
+
+    By its tags alone: nothing is downloaded.
+    """
+    try:
+        require_compatible(_signature(version), required)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def _signature(version: ModelVersion) -> Mapping[str, Any]:

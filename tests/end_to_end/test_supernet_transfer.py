@@ -87,6 +87,10 @@ def test_pretrained_ranked_taken_and_contributed(
     taken = rows[0]["supernet"]
     assert f"beginning with {taken}" in output
     assert job.data.metrics["warm/distance"] == rows[0]["distance"]
+    name, number = taken.split(" version ")
+    model = place.client.get_model_version(name, number).model_id
+    inputs = place.client.get_run(job.info.run_id).inputs
+    assert model in {entry.model_id for entry in inputs.model_inputs}
     (search,) = [
         run for run in place.runs("tags.step = 'search'") if "warm.source" in run.data.params
     ]
@@ -201,11 +205,21 @@ def test_nothing_there_is_said_and_searched_from_scratch(
 ) -> None:
     assert main(["search", *arguments({**SEARCH, "warm_start": "auto"})]) == 0
     output = capsys.readouterr().out
-    assert "searching from scratch: no compatible supernet is registered" in output
+    assert "searching from scratch: no supernet is registered" in output
     scratch = place.jobs()[-1]
     assert ranking(place, scratch) == []
     assert main(["search", *arguments(SEARCH)]) == 0
     assert "reusing search on animals" in capsys.readouterr().out  # the very same
+
+    alone = {**PRETRAIN, "sources": "digits", "search_channels": 8, "search_epochs": 1}
+    assert main(["pretrain", *arguments(alone)]) == 0
+    capsys.readouterr()
+    assert main(["search", *arguments({**SEARCH, "warm_start": "auto"})]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert (
+        "none of the registered supernets (1) fits; the newest, supernet-digits version 1" in output
+    )
+    assert "its channels is 8, but that of the search is 4" in output
 
 
 def test_a_supernet_that_was_altered_is_not_taken(
@@ -222,12 +236,12 @@ def test_a_supernet_that_was_altered_is_not_taken(
     assert main(["search", *arguments({**SEARCH, "warm_start": "supernet-digits"})]) == 1
     assert "is not the file that was registered" in capsys.readouterr().err
 
-    (version,) = place.client.search_model_versions("tags.kind = 'supernet'")
-    place.client.delete_logged_model(version.model_id)
+    model = place.client.get_model_version("supernet-digits", "1").model_id
+    place.client.delete_logged_model(model)
     assert main(["search", *arguments({**SEARCH, "warm_start": "auto"})]) == 0
     (row,) = ranking(place, place.jobs()[-1])
     assert row["refused"].startswith("cannot be read: ")
-    assert version.model_id in row["refused"]
+    assert model in row["refused"]
 
 
 def test_kills_at_random_moments_change_no_bit(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
 from small_networks import add
 from workplace import Workplace
@@ -26,9 +29,10 @@ from pipeline.tracking import RunLog, Tracker
 from pipeline.zoo import (
     EMBEDDING,
     check_registry,
-    compatible_versions,
     load_stored,
+    misfit,
     publish_supernet,
+    registered_supernets,
     supernet_name,
 )
 
@@ -40,6 +44,10 @@ def entry_of(*tasks: ImageTask, config: SupernetConfig = CONFIG, seed: int = 0) 
     card = Card("darts", seed, tuple(map(SourceCard.of, tasks)), (0.25, 0.5), 1.5)
     supernet = Supernet(joint_shape(tasks), config, seed=seed, backend="eager")
     return ZooEntry(supernet, card, image_hashes(*tasks))
+
+
+def compatible_versions(tracker: Tracker, required: Mapping[str, Any]) -> list[ModelVersion]:
+    return [v for v in registered_supernets(tracker) if not misfit(v, required)]
 
 
 def publish(
@@ -112,6 +120,12 @@ def test_only_supernets_that_fit_are_found(
         {**some, "operations": ["skip"]},
     ):
         assert compatible_versions(log.tracker, other) == []
+    newest = registered_supernets(log.tracker)[0]
+    wider = DartsSpace().signature(replace(CONFIG, channels=8))
+    assert "its channels is 4, but that of the search is 8" in misfit(newest, wider)
+    assert "has all its operations" in misfit(newest, {**some, "pruned": True})
+    log.tracker.client.set_model_version_tag(newest.name, newest.version, "supernet.signature", "[")
+    assert "its space is nothing" in misfit(registered_supernets(log.tracker)[0], some)
 
 
 class TestRefused:
@@ -160,7 +174,7 @@ def test_a_registry_that_does_not_answer(tracker: Tracker, no_registry: None) ->
     with pytest.raises(TrackingError, match=r"registry .* cannot be used .*refused"):
         check_registry()
     with pytest.raises(TrackingError, match="MLFLOW_REGISTRY_URI names cannot"):
-        compatible_versions(tracker, SIGNATURE)
+        registered_supernets(tracker)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from nas.data import ImageTask, TaskShape
 from nas.errors import CheckpointError, ConfigurationError, UnknownNameError
 from nas.randomness import generator
-from nas.search import BilevelSearch, SearchConfig, find_method
+from nas.search import METHODS, BilevelSearch, SearchConfig, find_method
 from nas.spaces.darts.supernet import Supernet, SupernetConfig
 from nas.transfer.supernet import WarmStart, WarmStartOptions, adapt_channels
 
@@ -176,12 +176,13 @@ class TestImageChannels:
         assert adapt_channels(filters, 1, 3) is filters
 
 
-def test_other_sizes_and_classes(few_digits: ImageTask) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_other_sizes_and_classes(few_digits: ImageTask, method: str) -> None:
     """Grey 8x8 images of ten classes, from a source of colour, 12x20 pixels and four classes."""
     source = trained(TaskShape(3, 12, 20, 4))
     config = SearchConfig(supernet=PCDARTS, epochs=1, batch_size=40, crop_padding=1)
     search = BilevelSearch(
-        few_digits, find_method("pcdarts"), config, seed=0, device=torch.device("cpu"),
+        few_digits, find_method(method), config, seed=0, device=torch.device("cpu"),
         start=start(source), backend="eager",
     )  # fmt: skip
     assert_equal("trunk", search.supernet, source)
