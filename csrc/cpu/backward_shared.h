@@ -12,9 +12,6 @@
 
 namespace nas::NAS_ISA {
 
-template <typename S, typename T>
-constexpr bool kRounded = !std::is_same_v<S, T>;
-
 // A thread's own.
 template <typename T>
 struct Scratch {

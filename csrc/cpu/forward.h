@@ -7,8 +7,8 @@
 
 #pragma once
 
-#include "bypass.h"
 #include "edge.h"
+#include "forward_bypass.h"
 #include "preprocess.h"
 
 namespace nas::NAS_ISA {
@@ -20,7 +20,8 @@ class ForwardCell {
   ForwardCell(const CellForward<S, T>& call, const ThreadPool& pool, void* workspace)
       : call_(call), pool_(pool), geometry_(call.shape), arena_(workspace),
         weights_(call.shape, geometry_.lanes, arena_, false),
-        preprocess_(call.shape, pool.threads, arena_, false) {
+        preprocess_(call.shape, pool.threads, arena_, false),
+        bypass_(call, geometry_, pool, arena_) {
     const auto& g = geometry_;
     for (int s = 0; s < kSources; ++s) {
       states_[s] = arena_.take<Sixteen<S>>(g.state_planes(s));
@@ -43,16 +44,10 @@ class ForwardCell {
     rectified_size_ = g.rectified_size();
     between_size_ = g.between(nullptr).size();
     const int64_t rows = g.lanes.groups * g.node_width;
-    row_size_ = std::max(rows, 2 * g.width) + (kRounds ? 2 * rows : rows);
-    passed_size_ = g.shape.partial > 1 ? g.node_width * g.shape.channels : 0;
+    row_size_ = std::max(rows, 2 * g.width) + (kRounded<S, T> ? 2 * rows : rows);
     rectified_ = arena_.take<Vec<T>>(pool.threads * rectified_size_);
     second_ = arena_.take<Vec<T>>(pool.threads * between_size_);
     rows_ = arena_.take<Vec<T>>(pool.threads * row_size_);
-    passed_ = arena_.take<S>(pool.threads * passed_size_);
-    mixed_size_ = kRounds && g.shape.partial > 1 ? rows : 0;
-    mixed_ = arena_.take<Sixteen<S>>(pool.threads * mixed_size_);
-    const bool halves = g.shape.partial > 1 && g.shape.reduction;
-    pooled_ = arena_.take<S>(halves ? 2 * g.shape.images * g.node_pixels * g.shape.channels : 0);
   }
 
   int64_t workspace_bytes() const { return arena_.used(); }
@@ -321,7 +316,7 @@ class ForwardCell {
   // that is rounded.
   Vec<T>* node_planes(int target, int64_t block) const {
     Vec<T>* planes = sum_;
-    if constexpr (!kRounds) {
+    if constexpr (!kRounded<S, T>) {
       if (geometry_.shape.partial == 1 && target < kSources) planes = states_[target];
     }
     return planes + block * geometry_.per_block(geometry_.node_pixels);
@@ -361,52 +356,12 @@ class ForwardCell {
     };
     if (g.shape.partial == 1) {
       scatter(g.lanes, block, planes, g.node_pixels, g.node_pixels, node);
-      if (kRounds) read_state(0, g.node_pixels);
+      if (kRounded<S, T>) read_state(0, g.node_pixels);
       return;
     }
     for (int64_t y = 0; y < g.node_height; ++y) {
-      shuffle_row(target, block, y, planes + y * width, node, thread);
+      bypass_.shuffle_row(target, block, y, planes + y * width, node, thread);
       read_state(y * width, width);
-    }
-  }
-
-  // One row of a node of PC-DARTS: mixed channels, those that pass by, and their shuffle.
-  void shuffle_row(int target, int64_t block, int64_t y, Vec<T>* row, Images<S> node,
-                   int64_t thread) {
-    const auto& g = geometry_;
-    const auto [mixed_row, plane] = stored_row(row, mixed_ + thread * mixed_size_);
-    S* passed = passed_ + thread * passed_size_;
-    const int64_t mixed = g.lanes.channels, first = y * g.node_width;
-    const PassedRow<T> passed_row(g, g.node_width);
-    Images<const S> from[kSources];
-    for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
-      const int64_t image = block * g.lanes.together + n;
-      for (int s = 0; s < target; ++s) {
-        from[s] = passing(g, s, call_.states, call_.output, pooled_);
-        from[s].at += image * from[s].image + first * from[s].pixel;
-      }
-      with_edges<kSources>(target, [&](auto edges) {
-        passed_row.template add_up<edges>(from, call_.bypass + first_edge(target), passed);
-      });
-      S* to = node.at + image * node.image + first * node.pixel;
-      for (int64_t x = 0; x < g.node_width; ++x) {
-        const S* lanes = reinterpret_cast<const S*>(mixed_row + x) + n * g.lanes.group;
-        shuffle(lanes, plane * kLanes, passed + x * g.shape.channels, mixed,
-                g.shape.partial, to + x * node.pixel);
-      }
-    }
-  }
-
-  // A row of a node as memory holds it, and how far its groups are apart.
-  std::pair<const Sixteen<S>*, int64_t> stored_row(const Vec<T>* row, Sixteen<S>* spare) const {
-    const auto& g = geometry_;
-    if constexpr (!kRounds) {
-      return {row, g.node_pixels};
-    } else {
-      for (int64_t group = 0; group < g.lanes.groups; ++group) {
-        rounded<S>(row + group * g.node_pixels, g.node_width, spare + group * g.node_width);
-      }
-      return {spare, g.node_width};
     }
   }
 
@@ -415,13 +370,7 @@ class ForwardCell {
     const Images<const S> from{call_.states + s * g.shape.images * g.pixels * g.shape.channels,
                                g.pixels * g.shape.channels, g.shape.channels};
     gather(g.lanes, block, from, g.pixels, states_[s] + block * g.per_block(g.pixels), g.pixels);
-    if (g.shape.partial == 1 || g.stride(s) == 1) return;
-    const PassedRow<T> passed_row(g, g.node_width);
-    for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
-      const int64_t image = block * g.lanes.together + n;
-      pool_passing(g, passed_row.start, from.at + image * from.image,
-                   pooled_ + (s * g.shape.images + image) * g.node_pixels * g.shape.channels);
-    }
+    if (g.shape.partial > 1 && g.stride(s) == 2) bypass_.pool_input(s, block, from);
   }
 
   template <typename F>
@@ -430,7 +379,6 @@ class ForwardCell {
   }
 
   static constexpr int kReduced = 4;  // after the four kinds of convolution
-  static constexpr bool kRounds = !std::is_same_v<S, T>;
 
   const CellForward<S, T>& call_;
   const ThreadPool& pool_;
@@ -438,6 +386,7 @@ class ForwardCell {
   Arena arena_;
   EdgeWeights<T> weights_;
   Preprocess<S, T> preprocess_;
+  BypassForward<S, T> bypass_;
   Sixteen<S>* states_[kSources];     // [block][group][pixel]
   Sixteen<S>* pools_[kSources][2];       // of each state: maximum, average
   // Of the edge at hand:
@@ -452,11 +401,8 @@ class ForwardCell {
   Vec<T>* sum_;                      // a node at hand that is not a state
   Moments<T>* pool_moments_[kSources][2];
   double* merged_;
-  int64_t rectified_size_, between_size_, row_size_, passed_size_, mixed_size_;
+  int64_t rectified_size_, between_size_, row_size_;
   Vec<T>*rectified_, *second_, *rows_;  // a thread's own
-  S* passed_;
-  Sixteen<S>* mixed_;                // a row of a node, rounded
-  S* pooled_;                        // what passes from the inputs under stride 2 [2, N, h, w, C]
 };
 
 }  // namespace nas::NAS_ISA

@@ -20,6 +20,9 @@ struct Halves {
   Short part[Vec<float>::kParts];
 };
 
+// Does what is stored lose bits?
+template <typename S, typename T> constexpr bool kRounded = !std::is_same_v<S, T>;
+
 template <typename S> struct SixteenOf { using type = Vec<S>; };
 template <> struct SixteenOf<bfloat16> { using type = Halves; };
 template <typename S> using Sixteen = typename SixteenOf<S>::type;
