@@ -17,6 +17,7 @@ from torch import Tensor
 from nas.checkpoint import load_checkpoint
 from pipeline.cli import main
 from pipeline.lineage import lineage
+from pipeline.registry import logged_model_id
 
 SIZE = {"search_epochs": 2, "search_cells": 3, "search_channels": 4}
 PRETRAIN = {"sources": "digits,mnist5k", "source_limit": 200, "each": "true", **SIZE}
@@ -88,7 +89,7 @@ def test_pretrained_ranked_taken_and_contributed(
     assert f"beginning with {taken}" in output
     assert job.data.metrics["warm/distance"] == rows[0]["distance"]
     name, number = taken.split(" version ")
-    model = place.client.get_model_version(name, number).model_id
+    model = logged_model_id(place.client.get_model_version(name, number))
     inputs = place.client.get_run(job.info.run_id).inputs
     assert model in {entry.model_id for entry in inputs.model_inputs}
     (search,) = [
@@ -236,7 +237,7 @@ def test_a_supernet_that_was_altered_is_not_taken(
     assert main(["search", *arguments({**SEARCH, "warm_start": "supernet-digits"})]) == 1
     assert "is not the file that was registered" in capsys.readouterr().err
 
-    model = place.client.get_model_version("supernet-digits", "1").model_id
+    model = logged_model_id(place.client.get_model_version("supernet-digits", "1"))
     place.client.delete_logged_model(model)
     assert main(["search", *arguments({**SEARCH, "warm_start": "auto"})]) == 0
     (row,) = ranking(place, place.jobs()[-1])
