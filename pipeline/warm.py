@@ -174,7 +174,7 @@ def _nothing_fits(known: Sequence[ModelVersion], required: Mapping[str, Any]) ->
 
 def _appraised(job: Job, task: ImageTask, versions: Sequence[ModelVersion]) -> list[Standing]:
     """Where each of ``versions`` stands for ``task``."""
-    target = _target(job, task)
+    target, measure = _target(job, task), partial(known_distance, fresh=job.machine.fresh)
     standings = []
     with counting("ranking") as progress:
         for done, version in enumerate(versions):
@@ -188,8 +188,7 @@ def _appraised(job: Job, task: ImageTask, versions: Sequence[ModelVersion]) -> l
                 standings.append(Standing(title, sources, math.inf, 0.0, refused))
                 continue
             card, hashes = stored.entry.card, stored.entry.hashes
-            known = partial(known_distance, fresh=job.machine.fresh)
-            standings.append(appraise(title, card, hashes, stored.sketches, target, known))
+            standings.append(appraise(title, card, hashes, stored.sketches, target, measure))
     return standings
 
 
