@@ -8,8 +8,11 @@ from typing import Any
 
 from nas.data import DATA_SETS
 from nas.data.catalog import FOLDER_PREFIX
-from nas.errors import UnknownNameError
+from nas.errors import ConfigurationError, UnknownNameError
 from nas.search.stopping import RULES, Stopping
+from pipeline.specification import RUN
+from pipeline.warm import AUTO
+from pipeline.zoo import PREFIX
 
 
 def stopping(names: str) -> Stopping:
@@ -36,6 +39,19 @@ def split_names(text: str) -> list[str]:
 def is_data_set(name: str) -> bool:
     """Whether ``name`` is one that the catalog can read."""
     return name.startswith(FOLDER_PREFIX) or name in DATA_SETS
+
+
+def require_no_supernet(source: str) -> None:
+    """Return unless ``source`` names what only a transfer by supernet can begin with.
+
+    Raises:
+        ConfigurationError: it does.
+    """
+    if source == AUTO or source.startswith((RUN, PREFIX)):
+        raise ConfigurationError(
+            f"'{source}' is a supernet to begin with: add --transfer supernet, or name a data set "
+            "to search on"
+        )
 
 
 def given(**values: Any) -> dict[str, Any]:

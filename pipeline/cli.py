@@ -15,7 +15,7 @@ from nas.ops.backend import AUTO
 from nas.search.sources import SQUARE_ROOT
 from nas.transfer.otdd import OTDDConfig
 from pipeline import options as o
-from pipeline.asked import is_data_set, split_names
+from pipeline.asked import is_data_set, require_no_supernet, split_names
 from pipeline.console import complain
 from pipeline.distance import DistanceSettings, measure
 from pipeline.evaluate import EvaluateSettings, evaluate
@@ -77,6 +77,8 @@ def transfer_command(
     """
     scale = find_preset(preset)
     searched = transfer_by != "supernet" or is_data_set(source)
+    if searched:
+        require_no_supernet(source)
     transfer(
         TransferSettings(
             transfer=transfer_by,

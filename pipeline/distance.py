@@ -36,10 +36,12 @@ from nas.transfer.zoo import load_entry
 from pipeline.console import counting, say
 from pipeline.figures import draw_distances, draw_map, nearest
 from pipeline.job import Job, Machine, open_job, ui_command, watched
+from pipeline.registry import find_version
 from pipeline.searches import PICTURES, past_search
 from pipeline.settings import DataSettings
 from pipeline.specification import RUN
 from pipeline.steps import StepRun, home, run_step
+from pipeline.zoo import DISTANCES, PREFIX, load_stored
 
 SKETCH_FILE = "sketch.safetensors"
 MATRIX_FILE = "distances.csv"
@@ -49,6 +51,7 @@ FEATURES = {
     "these a search chooses its source",
     "pixels": "the images at 8x8",
     **dict.fromkeys(RESNETS, "features of torchvision's network, trained on ImageNet"),
+    f"{PREFIX}NAME": "features of that registered supernet (as in --source of transfer)",
     f"{RUN}ID": "features of the supernet of that search",
 }
 
@@ -78,7 +81,7 @@ class DistanceSettings:
                 f"--datasets takes at least two different data sets with commas between them, "
                 f"not '{','.join(names)}'"
             )
-        if self.features not in FEATURES and not self.features.startswith(RUN):
+        if self.features not in FEATURES and not self.features.startswith((RUN, PREFIX)):
             raise UnknownNameError("features", self.features, FEATURES)
 
 
@@ -185,7 +188,7 @@ def distance_step(
 
 def _cache(job: Job, step: StepRun) -> Path:
     """Of all jobs on this machine; of this step alone where nothing may be reused."""
-    return step.checkpoint.with_name("distances") if job.machine.fresh else home() / "distances"
+    return step.checkpoint.with_name(DISTANCES) if job.machine.fresh else home() / DISTANCES
 
 
 def _matrix(sketches: Sequence[DatasetSketch], config: OTDDConfig, cache: Path) -> np.ndarray:
@@ -200,8 +203,8 @@ def _matrix(sketches: Sequence[DatasetSketch], config: OTDDConfig, cache: Path) 
 
 
 def _embedding(job: Job, settings: DistanceSettings, tasks: Sequence[ImageTask]) -> Embedding:
-    if settings.features.startswith(RUN):
-        return _trunk_of(job, settings.features.removeprefix(RUN))
+    if settings.features.startswith((RUN, PREFIX)):
+        return _trunk_of(job, settings.features)
     made: dict[str, Callable[[], Embedding]] = {
         "shapes": shapes,
         "pixels": pixels,
@@ -212,12 +215,15 @@ def _embedding(job: Job, settings: DistanceSettings, tasks: Sequence[ImageTask])
     return pretrained(settings.features, home() / "weights", job.device)
 
 
-def _trunk_of(job: Job, run_id: str) -> Embedding:
-    """The supernet that the run ``run_id`` searched, or that its cells come from."""
-    found = past_search(job.log.tracker, run_id)
-    entry = load_entry(found.supernet_path)
+def _trunk_of(job: Job, name: str) -> Embedding:
+    """Of a registered supernet, or of the one that the cells of a run come from."""
+    tracker = job.log.tracker
+    if name.startswith(RUN):
+        entry = load_entry(past_search(tracker, name.removeprefix(RUN)).supernet_path)
+    else:
+        entry = load_stored(tracker, find_version(tracker, name)).entry
     supernet = entry.supernet.to(job.device)
-    mixing = find_method(found.method).mixing(supernet)
+    mixing = find_method(entry.card.method).mixing(supernet)
     return supernet_trunk(supernet, mixing, *entry.card.scale)
 
 

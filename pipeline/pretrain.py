@@ -9,6 +9,7 @@ from nas.data import ImageTask
 from nas.errors import ConfigurationError
 from nas.search import Method, SearchConfig
 from nas.search.sources import joint_shape
+from pipeline.console import say
 from pipeline.job import Machine, flat, open_job
 from pipeline.registry import Registered
 from pipeline.searches import pick_backend, search_step
@@ -78,6 +79,8 @@ def pretrain(settings: PretrainSettings, machine: Machine) -> list[Registered]:
             if len(group) == len(tasks):
                 job.log.log_metrics({"supernet/val_accuracy": found.validation_accuracy})
         job.log.log_metrics({"cost/search_seconds": seconds, "cost/search_epochs": epochs})
+        options = f"--transfer supernet --source auto --method {method.name}"
+        say(f"a transfer of the same preset begins with the nearest supernet by {options}")
     return registered
 
 

@@ -19,6 +19,7 @@ from pipeline.searches import (
 from pipeline.settings import DataSettings
 from pipeline.specification import ARCHITECTURE_FILE
 from pipeline.warm import WarmSettings, begin, contribute
+from pipeline.zoo import check_registry
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def search(settings: SearchSettings, machine: Machine) -> Found:
         {"source": name, "method": method.name, "seed": seed, **flat("search", settings.config)},
         {"space": "darts", "method": method.name, "source": name},
     ) as job:
+        if settings.contribute:
+            check_registry()  # known before anything is paid for
         task = job.load(settings.source)
 
         def search_source(data: DataSettings) -> Found:

@@ -19,7 +19,14 @@ from nas.search.replay import CUDA_GRAPHS, OFF
 from nas.search.sources import SQUARE_ROOT
 from nas.spaces import DartsSpace
 from nas.spaces.darts import Genotype
-from nas.transfer.zoo import Card, SourceCard, ZooEntry, image_hashes, save_entry
+from nas.transfer.zoo import (
+    Card,
+    SourceCard,
+    ZooEntry,
+    image_hashes,
+    joint_hashes,
+    save_entry,
+)
 from pipeline.console import say
 from pipeline.figures import draw_alphas, draw_cells, draw_search_curves
 from pipeline.job import Job, Machine, flat, watched
@@ -135,7 +142,7 @@ def search_step(
         say_choices(search, job.machine)
         with watched(title, step.log) as observer:
             result = search.run(step.checkpoint, observer)
-        return _keep(step, tasks, method, seed, result)
+        return _keep(step, tasks, method, seed, result, start)
 
     outcome = run_step(
         "search",
@@ -257,6 +264,7 @@ def _keep(
     method: Method,
     seed: int,
     result: SearchResult,
+    start: Beginning | None,
 ) -> dict[str, Any]:
     """Write the search's files and pictures; the values are what a later step needs."""
     supernet = result.supernet.config  # of the last stage
@@ -266,7 +274,10 @@ def _keep(
     card = Card(
         method.name, seed, tuple(SourceCard.of(task) for task in tasks), accuracies, result.seconds
     )
-    entry = ZooEntry(result.supernet, card, image_hashes(*tasks))
+    hashes = image_hashes(*tasks)
+    if start is not None:  # what it learnt from those images moved on with it
+        hashes = joint_hashes(hashes, start.entry.hashes)
+    entry = ZooEntry(result.supernet, card, hashes)
     save_entry(step.directory / SUPERNET_FILE, entry)
     step.log.log_json(result.genotype.to_json(), GENOTYPE_FILE)
     step.log.log_json(architecture.to_json(), ARCHITECTURE_FILE)

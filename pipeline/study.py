@@ -15,7 +15,7 @@ from pathlib import Path
 from nas.errors import UnknownNameError
 from nas.search import find_method
 from nas.study.analysis import COLUMNS, STUDY, Row
-from nas.study.domains import EVEN, INVERTED, ODD, TURNED, Domain
+from nas.study.domains import EVEN, FAMILIES, INVERTED, ODD, TURNED, Domain
 from nas.study.warm_start import Cell, Laboratory, Outcome, WarmStartStudy
 from nas.training import TRAINING_PRESETS
 from pipeline.console import counting, say
@@ -27,15 +27,6 @@ from pipeline.searches import pick_backend
 from pipeline.steps import home, locked
 from pipeline.study_report import write_report
 
-FAMILIES = (
-    "cifar10-test",
-    "eurosat",
-    "omniglot",
-    "mnist-test",
-    "notmnist",
-    "fashion-test",
-    "animals",
-)
 CONTROLS = (Domain("mnist-test", ODD, INVERTED), Domain("cifar10-test", ODD, TURNED))
 
 

@@ -16,6 +16,7 @@ from pipeline.job import Job, Machine, flat, open_job
 from pipeline.searches import Found, pick_backend, search_step, take_in
 from pipeline.settings import CompareSettings, DataSettings, StackSettings
 from pipeline.warm import WarmSettings, begin, contribute
+from pipeline.zoo import check_registry
 
 SCRATCH = "scratch"  # the source of a search that began with no other supernet
 
@@ -136,6 +137,7 @@ def transfer(settings: TransferSettings, machine: Machine) -> Summary:
     how = f"{settings.method.name}, seed {settings.compare.seed}"
     title = f"transfer {source_name} to {target_name} ({how})"
     with open_job(title, machine, _parameters(settings, source_name), tags) as job:
+        check_registry()  # known before anything is paid for, as it is needed at the end
         moved = TRANSFERS[settings.transfer](job, settings, backend)
         target, found = moved.target, moved.found
         if settings.contribute:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from mlflow.entities.model_registry import ModelVersion
+
 from nas.data import ImageTask
-from nas.errors import CheckpointError
+from nas.errors import CheckpointError, TrackingError
 from nas.search import SearchConfig
 from nas.spaces import DartsSpace
 from nas.transfer.nearest import MAX_OVERLAP, Standing, Target, appraise, rank
@@ -18,7 +21,7 @@ from nas.transfer.zoo import ZooEntry, file_digest, image_hashes, load_entry, ov
 from pipeline.console import counting, print_ranking, say
 from pipeline.job import Job, RunObserver
 from pipeline.publishing import publish_step
-from pipeline.registry import Registered, find_version
+from pipeline.registry import Registered, find_version, logged_model_id
 from pipeline.searches import Found, past_search
 from pipeline.settings import DataSettings
 from pipeline.specification import RUN
@@ -26,9 +29,11 @@ from pipeline.steps import StepRun
 from pipeline.zoo import (
     EMBEDDING,
     Beginning,
-    compatible_versions,
+    known_distance,
     load_stored,
+    misfit,
     publish_supernet,
+    registered_supernets,
     supernet_name,
 )
 
@@ -87,7 +92,8 @@ def begin(
         return None
     require_compatible(beginning.entry.supernet.signature(), required)
     if beginning.overlap > MAX_OVERLAP:
-        warning = f"{beginning.title} was searched on {beginning.overlap:.1%} of these images"
+        share = f"{beginning.overlap:.1%} of these images"
+        warning = f"{beginning.title}, or what it began with, was searched on {share}"
         RunObserver(job.log).on_warning("overlap", warning)
         say(f"warning: {warning}: it shows how well a set teaches itself")
     job.log.set_tags(beginning.lineage())
@@ -131,25 +137,13 @@ def _nearest(
 ) -> Beginning | None:
     """The nearest compatible supernet of the registry, once the ranking was shown."""
     tracker = job.log.tracker
-    versions = compatible_versions(tracker, required)
-    target: Target | None = None
-    standings = []
-    for version in versions:
-        title = f"{version.name} version {version.version}"
-        target = target or _target(job, task)
-        try:
-            stored = load_stored(tracker, version)
-        except CheckpointError as error:
-            refused = f"cannot be read: {error}"
-            sources = tuple(version.tags.get("dataset", "").split(", "))
-            standings.append(Standing(title, sources, math.inf, 0.0, refused))
-            continue
-        entry = stored.entry
-        standings.append(appraise(title, entry.card, entry.hashes, stored.sketches, target))
+    known = registered_supernets(tracker)
+    versions = [version for version in known if not misfit(version, required)]
+    standings = _appraised(job, task, versions) if versions else []
     ranked = rank(standings)
     _report(job, ranked)
     if not ranked or ranked[0].refused:
-        why = "none of them may be taken" if ranked else "no compatible supernet is registered"
+        why = "none of them may be taken" if ranked else _nothing_fits(known, required)
         say(f"searching from scratch: {why}")
         return None
     best = ranked[0]
@@ -161,10 +155,41 @@ def _nearest(
         digest=version.tags["supernet.digest"],
         options=options,
         run_id=version.tags.get("lineage.search_run", version.run_id or ""),
-        model_id=version.model_id or "",
+        model_id=logged_model_id(version),
         distance=best.distance if math.isfinite(best.distance) else None,
         overlap=best.overlap,
     )
+
+
+def _nothing_fits(known: Sequence[ModelVersion], required: Mapping[str, Any]) -> str:
+    """What is said where the registry has no supernet for a search."""
+    if not known:
+        return "no supernet is registered"
+    newest = known[0]
+    return (
+        f"none of the registered supernets ({len(known)}) fits; the newest, {newest.name} version "
+        f"{newest.version}: {misfit(newest, required)}"
+    )
+
+
+def _appraised(job: Job, task: ImageTask, versions: Sequence[ModelVersion]) -> list[Standing]:
+    """Where each of ``versions`` stands for ``task``."""
+    target, measure = _target(job, task), partial(known_distance, fresh=job.machine.fresh)
+    standings = []
+    with counting("ranking") as progress:
+        for done, version in enumerate(versions):
+            progress("supernets", done, len(versions))
+            title = f"{version.name} version {version.version}"
+            try:
+                stored = load_stored(job.log.tracker, version)
+            except (CheckpointError, TrackingError) as error:  # others may be sound
+                refused = f"cannot be read: {error}"
+                sources = tuple(version.tags.get("dataset", "").split(", "))
+                standings.append(Standing(title, sources, math.inf, 0.0, refused))
+                continue
+            card, hashes = stored.entry.card, stored.entry.hashes
+            standings.append(appraise(title, card, hashes, stored.sketches, target, measure))
+    return standings
 
 
 def _report(job: Job, ranked: Sequence[Standing]) -> None:
@@ -193,7 +218,7 @@ def _registered(job: Job, name: str, task: ImageTask, options: WarmStartOptions)
         digest=version.tags["supernet.digest"],
         options=options,
         run_id=version.tags.get("lineage.search_run", version.run_id or ""),
-        model_id=version.model_id or "",
+        model_id=logged_model_id(version),
         distance=None,
         overlap=_overlap(entry, task),
     )

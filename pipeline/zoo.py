@@ -16,21 +16,32 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
 from nas.data.catalog import FOLDER_PREFIX
-from nas.errors import TrackingError
+from nas.errors import CheckpointError, TrackingError
 from nas.spaces.base import PRUNED
-from nas.transfer.otdd import DatasetSketch, load_sketch, save_sketch, shapes
-from nas.transfer.supernet import WarmStart, WarmStartOptions
+from nas.transfer.otdd import (
+    DatasetSketch,
+    OTDDConfig,
+    cached_distance,
+    distance,
+    load_sketch,
+    save_sketch,
+    shapes,
+)
+from nas.transfer.supernet import WarmStart, WarmStartOptions, require_compatible
 from nas.transfer.zoo import Card, ZooEntry, file_digest, load_entry
 from pipeline.job import flat
 from pipeline.registry import ACCURACY, DATA, Registered, logged_model_id, publish
+from pipeline.steps import home
 from pipeline.store import check_store
 from pipeline.tracking import RunLog, Tracker
 
-SUPERNET_FILE = "supernet.safetensors"
+SUPERNET_FILE, CARD_FILE = "supernet.safetensors", "card.json"
 EMBEDDING = shapes()  # of every sketch in the zoo, so that all of them can be compared
 KIND, SUPERNET = "kind", "supernet"  # the tag that tells supernets from networks
 SIGNATURE, DIGEST = "supernet.signature", "supernet.digest"
 LONGEST_NAME = 200
+PREFIX = "supernet-"  # of their names
+DISTANCES = "distances"  # the folder of those that are known
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +53,8 @@ class Beginning:
         digest: of its file.
         run_id: that searched it; ``model_id`` is the logged model that has it.
         distance: from the target to it; None where nobody asked.
-        overlap: share of the target's images that it was searched on, 0..1.
+        overlap: share (0..1) of the target's images that it, or what it began with, was searched
+            on.
     """
 
     title: str
@@ -95,10 +107,10 @@ def supernet_name(data_sets: Sequence[str]) -> str:
         else name
         for name in data_sets
     )
-    text = "supernet-" + re.sub(r"[^\w.+-]", "-", "+".join(names))
+    text = PREFIX + re.sub(r"[^\w.+-]", "-", "+".join(names))
     if len(text) <= LONGEST_NAME:
         return text
-    return f"supernet-{len(names)}-sets-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{PREFIX}{len(names)}-sets-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def publish_supernet(
@@ -113,8 +125,8 @@ def publish_supernet(
 ) -> Registered:
     """Register the supernet of the file ``path`` as a version of ``name``, once for each ``step``.
 
-    The version's model has the file and a sketch of each source. Its alias is `champion` or
-    `challenger`, by the supernet's validation accuracy on the same data.
+    The version's model has the file, its card for people, and a sketch of each source. Its alias
+    is `champion` or `challenger`, by the supernet's validation accuracy on the same data.
 
     Raises:
         CheckpointError: the file is no entry of a zoo.
@@ -122,15 +134,17 @@ def publish_supernet(
     """
     check_registry()
     entry = load_entry(path)
+    card, config, signature = entry.card, entry.supernet.config, entry.supernet.signature()
 
     def keep() -> str:
         with tempfile.TemporaryDirectory() as place:
             shutil.copy(path, Path(place, SUPERNET_FILE))
+            about = {"signature": signature, **asdict(card)}  # for people: the file has it, too
+            Path(place, CARD_FILE).write_text(json.dumps(about, indent=2) + "\n")
             for number, sketch in enumerate(sketches()):
                 save_sketch(Path(place, f"sketch-{number:03}.safetensors"), sketch)
             return log.log_output_model(SUPERNET, Path(place))
 
-    card, config, signature = entry.card, entry.supernet.config, entry.supernet.signature()
     names = ", ".join(source.name for source in card.sources)
     return publish(
         log,
@@ -164,8 +178,8 @@ def signature_text(signature: Mapping[str, Any]) -> str:
     return json.dumps(dict(signature), sort_keys=True, separators=(",", ":"))
 
 
-def compatible_versions(tracker: Tracker, required: Mapping[str, Any]) -> list[ModelVersion]:
-    """Registered supernets whose signature has all that is ``required``, the newest first.
+def registered_supernets(tracker: Tracker) -> list[ModelVersion]:
+    """All of them, the newest first.
 
     Raises:
         TrackingError: the registry does not answer.
@@ -182,8 +196,19 @@ def compatible_versions(tracker: Tracker, required: Mapping[str, Any]) -> list[M
             token = page.token
             if not token:
                 break
-    fitting = [version for version in found if required.items() <= _signature(version).items()]
-    return sorted(fitting, key=lambda v: (v.creation_timestamp, v.name), reverse=True)
+    return sorted(found, key=lambda v: (v.creation_timestamp, v.name), reverse=True)
+
+
+def misfit(version: ModelVersion, required: Mapping[str, Any]) -> str:
+    """Why a registered supernet lacks something of what is ``required``; empty where it fits.
+
+    By its tags alone: nothing is downloaded.
+    """
+    try:
+        require_compatible(_signature(version), required)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def _signature(version: ModelVersion) -> Mapping[str, Any]:
@@ -213,6 +238,13 @@ def load_stored(tracker: Tracker, version: ModelVersion) -> Stored:
     return Stored(entry, tuple(sketches))
 
 
+def known_distance(a: DatasetSketch, b: DatasetSketch, *, fresh: bool) -> float:
+    """OTDD as a search ranks by it; unless ``fresh``, what an earlier job has found it to be."""
+    if fresh:
+        return distance(a, b)
+    return cached_distance(a, b, OTDDConfig(), home() / DISTANCES)
+
+
 def check_registry() -> None:
     """Return if the model registry answers, where it is not the tracking store.
 
@@ -226,8 +258,8 @@ def check_registry() -> None:
         check_store(uri)
     except TrackingError as error:
         raise TrackingError(
-            f"the model registry cannot be asked for supernets: {error}; MLFLOW_REGISTRY_URI names "
-            "it, and without that variable it is the tracking store"
+            "the model registry that MLFLOW_REGISTRY_URI names cannot be used (mend that variable, "
+            f"or unset it, and the registry is the tracking store): {error}"
         ) from error
 
 

@@ -252,7 +252,11 @@ class BilevelSearch(ResumableLoop[Pair]):
         self.supernet.train()
         if self._fits_classifier and self.epoch == self.batch == 0:  # in the first epoch's seconds
             mixing = self.method.mixing(self.supernet).detach()
-            fit_heads(self.supernet, mixing, self.sources.beginnings())
+            fit_heads(
+                self.supernet.linear_classifier(),
+                lambda images: self.supernet.features(images, mixing),
+                self.sources.beginnings(),
+            )
         return self.sources.pairs(self.epoch, self.batch)
 
     def step(self, item: Pair) -> int:

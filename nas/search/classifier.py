@@ -6,42 +6,47 @@ once: linear probing before fine-tuning (Kumar et al., ICLR 2022, arXiv 2202.100
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nas.data import Batch
-from nas.spaces.darts.supernet import Mixing, Supernet
+from nas.spaces.base import LinearClassifier
 
 PENALTY = 0.01  # on the squared weights: of 0.001, 0.01 and 0.1 the best on small real sets
 ITERATIONS = 100
 MOST_IMAGES = 10_000  # to fit on: more hardly move a classifier of a few hundred features
 
 
-def fit_heads(supernet: Supernet, mixing: Mixing, sets: Iterable[Iterable[Batch]]) -> None:
-    """Fit the classifier of ``supernet`` to its features of some batches of every data set.
+def fit_heads(
+    classifier: LinearClassifier,
+    features: Callable[[Tensor], Tensor],
+    sets: Iterable[Iterable[Batch]],
+) -> None:
+    """Fit ``classifier`` to the features of some batches of every data set.
 
-    Each set's batches name its head; the first ``MOST_IMAGES`` images count. As everywhere in a
-    search, features are normalised by the statistics of their batch: ``supernet`` is in training
-    mode. Running statistics and all other weights stay.
+    Each set's batches name its head; the first ``MOST_IMAGES`` images count.
+
+    Args:
+        features: images to what the classifier is given, [N, D]. As everywhere in a search,
+            normalised by the statistics of their batch, and without a trace in running ones.
     """
-    classifier = supernet.groups().classifier
     for batches in sets:
-        features, labels = [], []
+        known, labels = [], []
         head = slice(None)
         for batch in batches:
             with torch.no_grad():
-                features.append(supernet.features(batch.images, mixing))
+                known.append(features(batch.images))
             labels.append(batch.labels)
             head = head if batch.head is None else batch.head
             if sum(map(len, labels)) >= MOST_IMAGES:
                 break
-        matrix = classifier["classifier.matrix"][:, head]
-        fitted = fit_classifier(torch.cat(features), torch.cat(labels), matrix.shape[1])
+        matrix, bias = classifier.matrix[:, head], classifier.bias[head]
+        fitted = fit_classifier(torch.cat(known), torch.cat(labels), len(bias))
         matrix.copy_(fitted[0])
-        classifier["classifier.bias"][head].copy_(fitted[1])
+        bias.copy_(fitted[1])
 
 
 def fit_classifier(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:

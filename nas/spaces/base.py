@@ -73,6 +73,18 @@ class TensorGroups:
     operations: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class LinearClassifier:
+    """What ends a supernet of any space: scores are ``features @ matrix + bias``.
+
+    Views of the supernet's own memory: ``matrix`` [D, classes] and ``bias`` [classes]. Several data
+    sets have blocks of columns, one after the other.
+    """
+
+    matrix: Tensor
+    bias: Tensor
+
+
 class WeightSharing(Protocol):
     """What a supernet of any space must tell so that another one can go on from it."""
 
@@ -85,6 +97,9 @@ class WeightSharing(Protocol):
 
     def groups(self) -> TensorGroups:
         """All tensors, by their part."""
+
+    def linear_classifier(self) -> LinearClassifier:
+        """The tensors of the part ``classifier``, by what they compute."""
 
 
 class Space(Protocol):

@@ -22,6 +22,15 @@ from nas.errors import UnknownNameError
 from nas.transfer.otdd import DatasetSketch, describe, pixels
 from nas.transfer.zoo import image_hashes
 
+FAMILIES = (  # real sets of different domains that are at hand
+    "cifar10-test",
+    "eurosat",
+    "omniglot",
+    "mnist-test",
+    "notmnist",
+    "fashion-test",
+    "animals",
+)
 EVEN, ODD = HALVES = ("even", "odd")  # of a family's classes in the order of their names
 PLAIN, INVERTED, TURNED = CHANGES = ("plain", "inverted", "turned")
 

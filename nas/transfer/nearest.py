@@ -35,7 +35,8 @@ class Standing:
         name: of the supernet, for people.
         sources: what it was searched on.
         distance: to the nearest of its sources; infinite where none has a sketch.
-        overlap: share of the target's images that it was searched on, 0..1.
+        overlap: share (0..1) of the target's images that it, or what it began with, was searched
+            on.
         refused: why it may not be taken; empty where it may.
     """
 
@@ -58,7 +59,8 @@ def appraise(
 
     One that was searched on several sets is as near as the nearest of them. One that was searched
     on the target itself, or on a set that shares more than ``MAX_OVERLAP`` of the target's images,
-    may not be taken: it would show how well a set teaches itself.
+    may not be taken: it would show how well a set teaches itself. The images of the supernets that
+    it began with, and those that they began with, count as its own.
     """
     sources = tuple(source.name for source in card.sources)
     share = overlap(target.hashes, hashes)
@@ -66,7 +68,7 @@ def appraise(
     if any(s.digest == target.digest or s.name == target.name for s in card.sources):
         refused = "searched on the target itself"
     elif share > MAX_OVERLAP:
-        refused = f"searched on {share:.1%} of the target's images"
+        refused = f"it, or what it began with, was searched on {share:.1%} of the target's images"
     distances = []
     for sketch in sketches:
         try:

@@ -1,8 +1,9 @@
 """Supernets that others can go on from: what is kept beside the weights, and in which form.
 
 An entry of the zoo is one file of tensors and JSON (:mod:`nas.trained`): the supernet, a card that
-says how it came about, and a hash of every image it was searched on, by which a data set that
-overlaps is recognised. Sketches of its sources (:mod:`nas.transfer.otdd`) lie beside it.
+says how it came about, and a hash of every image that it or a supernet it began with was searched
+on, by which a data set that overlaps is recognised. Sketches of its sources
+(:mod:`nas.transfer.otdd`) lie beside it.
 """
 
 from __future__ import annotations
@@ -140,7 +141,11 @@ class Card:
 
 @dataclass(frozen=True, eq=False)
 class ZooEntry:
-    """A supernet with its card and the hashes of its sources' images (:func:`image_hashes`)."""
+    """A supernet with its card and the hashes of all images that are behind it.
+
+    Those of its own sources (:func:`image_hashes`) and, where it began with another supernet, of
+    what is behind that one: ``joint_hashes``.
+    """
 
     supernet: Supernet
     card: Card
@@ -201,6 +206,11 @@ def image_hashes(*tasks: ImageTask) -> Tensor:
     """
     origins = b"".join(fingerprint[:8] for task in tasks for fingerprint in task.images.origins())
     return torch.frombuffer(bytearray(origins), dtype=torch.int64).unique()
+
+
+def joint_hashes(*hashes: Tensor) -> Tensor:
+    """All of several :func:`image_hashes`, in the same form."""
+    return torch.cat(hashes).unique()
 
 
 def overlap(target: Tensor, source: Tensor) -> float:

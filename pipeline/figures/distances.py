@@ -28,7 +28,9 @@ def draw_distances(matrix: ArrayLike, names: Sequence[str]) -> Figure:
     axes.set_yticks(ticks, names)
     for row, column in enumerate(nearest(distances)):
         corner = (column - 0.5, row - 0.5)
-        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=VERMILLION, linewidth=2.5))
+        frame = Rectangle(corner, 1, 1, fill=False, edgecolor=VERMILLION, linewidth=2.5, zorder=3)
+        frame.set_clip_on(False)  # at the edges half of it would be
+        axes.add_patch(frame)
     if len(names) <= _NUMBERED_SETS:
         middle = (others.min() + others.max()) / 2
         for (row, column), value in np.ma.ndenumerate(others):
@@ -36,7 +38,9 @@ def draw_distances(matrix: ArrayLike, names: Sequence[str]) -> Figure:
             axes.text(
                 column, row, f"{value:.4g}", ha="center", va="center", fontsize=10, color=colour
             )
-    figure.colorbar(image, shrink=0.8, label="OTDD (units of the features); framed: the nearest")
+    figure.colorbar(
+        image, shrink=0.8, label="OTDD (units of the features); framed: nearest in a row"
+    )
     return figure
 
 
@@ -48,7 +52,7 @@ def draw_map(matrix: ArrayLike, names: Sequence[str]) -> Figure:
     distances = np.asarray(matrix, dtype=np.float64)
     places, share = planar_map(distances)
     figure, (axes,) = new_figure(7.0)
-    title = f"data sets by distance (the plane shows {share:.0%} of the squared distances)"
+    title = f"data sets and their nearest (the plane shows {share:.0%} of the squared distances)"
     quiet(axes, title)
     for own, other in enumerate(nearest(distances)):
         joined = places[[own, other]]

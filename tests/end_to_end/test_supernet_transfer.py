@@ -17,6 +17,7 @@ from torch import Tensor
 from nas.checkpoint import load_checkpoint
 from pipeline.cli import main
 from pipeline.lineage import lineage
+from pipeline.registry import logged_model_id
 
 SIZE = {"search_epochs": 2, "search_cells": 3, "search_channels": 4}
 PRETRAIN = {"sources": "digits,mnist5k", "source_limit": 200, "each": "true", **SIZE}
@@ -82,9 +83,15 @@ def test_pretrained_ranked_taken_and_contributed(
     }  # fmt: skip
     assert [row["distance"] for row in rows] == sorted(row["distance"] for row in rows)
     assert all(row["refused"] == "" and row["overlap"] == 0 for row in rows)
+    # the shared supernet has the sketches of the other two: there were only two to measure
+    assert len(list((place.folder / "home" / "distances").iterdir())) == 2
     taken = rows[0]["supernet"]
     assert f"beginning with {taken}" in output
     assert job.data.metrics["warm/distance"] == rows[0]["distance"]
+    name, number = taken.split(" version ")
+    model = logged_model_id(place.client.get_model_version(name, number))
+    inputs = place.client.get_run(job.info.run_id).inputs
+    assert model in {entry.model_id for entry in inputs.model_inputs}
     (search,) = [
         run for run in place.runs("tags.step = 'search'") if "warm.source" in run.data.params
     ]
@@ -108,6 +115,15 @@ def test_pretrained_ranked_taken_and_contributed(
     assert len(place.runs()) == before + 1
     assert "supernet-animals/2" not in versions(place)
 
+    # what it began with counts as its own: it is not for the sets behind that one
+    begun_from = rows[0]["sources"][0]
+    command = ["search", *arguments({**SEARCH, "warm_start": "auto"})]
+    command[command.index("animals")] = begun_from
+    assert main(command) == 0
+    (row,) = [r for r in ranking(place, place.jobs()[-1]) if "animals" in r["supernet"]]
+    assert row["overlap"] == 1
+    assert "what it began with, was searched on 100.0%" in row["refused"]
+
 
 def test_named_beginnings_are_all_the_same_supernet(
     place: Place, capsys: pytest.CaptureFixture[str]
@@ -126,6 +142,12 @@ def test_named_beginnings_are_all_the_same_supernet(
         run_id = place.jobs()[-1].data.tags["lineage.search_run"]
         outcomes.append(run_id)
     assert len(set(outcomes)) == 1  # one search, reused
+    by_its_trunk = set()
+    for features in ("supernet-digits", f"run:{step.info.run_id}"):
+        wanted = {"datasets": "digits,animals", "limit": 100, "features": features}
+        assert main(["distance", *arguments(wanted)]) == 0
+        by_its_trunk.add(place.jobs()[-1].data.metrics["otdd/digits/animals"])
+    assert len(by_its_trunk) == 1
     assert job.info.status == "FINISHED"
     assert main(["search", *arguments(SEARCH)]) == 0
     assert place.jobs()[-1].data.tags["lineage.search_run"] != outcomes[0]
@@ -184,11 +206,21 @@ def test_nothing_there_is_said_and_searched_from_scratch(
 ) -> None:
     assert main(["search", *arguments({**SEARCH, "warm_start": "auto"})]) == 0
     output = capsys.readouterr().out
-    assert "searching from scratch: no compatible supernet is registered" in output
+    assert "searching from scratch: no supernet is registered" in output
     scratch = place.jobs()[-1]
     assert ranking(place, scratch) == []
     assert main(["search", *arguments(SEARCH)]) == 0
     assert "reusing search on animals" in capsys.readouterr().out  # the very same
+
+    alone = {**PRETRAIN, "sources": "digits", "search_channels": 8, "search_epochs": 1}
+    assert main(["pretrain", *arguments(alone)]) == 0
+    capsys.readouterr()
+    assert main(["search", *arguments({**SEARCH, "warm_start": "auto"})]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert (
+        "none of the registered supernets (1) fits; the newest, supernet-digits version 1" in output
+    )
+    assert "its channels is 8, but that of the search is 4" in output
 
 
 def test_a_supernet_that_was_altered_is_not_taken(
@@ -204,6 +236,13 @@ def test_a_supernet_that_was_altered_is_not_taken(
     assert "is not the file that was registered" in row["refused"]
     assert main(["search", *arguments({**SEARCH, "warm_start": "supernet-digits"})]) == 1
     assert "is not the file that was registered" in capsys.readouterr().err
+
+    model = logged_model_id(place.client.get_model_version("supernet-digits", "1"))
+    place.client.delete_logged_model(model)
+    assert main(["search", *arguments({**SEARCH, "warm_start": "auto"})]) == 0
+    (row,) = ranking(place, place.jobs()[-1])
+    assert row["refused"].startswith("cannot be read: ")
+    assert model in row["refused"]
 
 
 def test_kills_at_random_moments_change_no_bit(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.tracking import MlflowClient
 from small_networks import add
+from workplace import Workplace
 
 from nas.data import ImageTask
 from nas.errors import CheckpointError, TrackingError
@@ -18,14 +23,16 @@ from nas.spaces import DartsSpace
 from nas.spaces.darts.supernet import Supernet, SupernetConfig
 from nas.transfer.otdd import describe
 from nas.transfer.zoo import Card, SourceCard, ZooEntry, image_hashes, save_entry
+from pipeline.cli import main
 from pipeline.registry import Registered, find_version
 from pipeline.tracking import RunLog, Tracker
 from pipeline.zoo import (
     EMBEDDING,
     check_registry,
-    compatible_versions,
     load_stored,
+    misfit,
     publish_supernet,
+    registered_supernets,
     supernet_name,
 )
 
@@ -37,6 +44,10 @@ def entry_of(*tasks: ImageTask, config: SupernetConfig = CONFIG, seed: int = 0) 
     card = Card("darts", seed, tuple(map(SourceCard.of, tasks)), (0.25, 0.5), 1.5)
     supernet = Supernet(joint_shape(tasks), config, seed=seed, backend="eager")
     return ZooEntry(supernet, card, image_hashes(*tasks))
+
+
+def compatible_versions(tracker: Tracker, required: Mapping[str, Any]) -> list[ModelVersion]:
+    return [v for v in registered_supernets(tracker) if not misfit(v, required)]
 
 
 def publish(
@@ -76,6 +87,10 @@ def test_what_was_registered_comes_back(log: RunLog, few_digits: ImageTask, tmp_
     assert sketch.digest == describe(few_digits, EMBEDDING, 0).digest
     assert version.tags["dataset_digest"] == few_digits.digest
     assert json.loads(version.tags["supernet.signature"]) == SIGNATURE
+    files = log.tracker.model_files(registered.model_id)
+    about = json.loads((files / "card.json").read_text())
+    assert about["signature"] == SIGNATURE
+    assert [source["digest"] for source in about["sources"]] == [few_digits.digest]
 
 
 def test_the_same_step_registers_once(log: RunLog, few_digits: ImageTask, tmp_path: Path) -> None:
@@ -105,6 +120,12 @@ def test_only_supernets_that_fit_are_found(
         {**some, "operations": ["skip"]},
     ):
         assert compatible_versions(log.tracker, other) == []
+    newest = registered_supernets(log.tracker)[0]
+    wider = DartsSpace().signature(replace(CONFIG, channels=8))
+    assert "its channels is 4, but that of the search is 8" in misfit(newest, wider)
+    assert "has all its operations" in misfit(newest, {**some, "pruned": True})
+    log.tracker.client.set_model_version_tag(newest.name, newest.version, "supernet.signature", "[")
+    assert "its space is nothing" in misfit(registered_supernets(log.tracker)[0], some)
 
 
 class TestRefused:
@@ -141,15 +162,37 @@ class TestRefused:
             load_stored(log.tracker, find_version(log.tracker, "supernet-digits"))
 
 
-def test_a_registry_that_does_not_answer(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_registry(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", address)
-    with pytest.raises(TrackingError, match=r"registry cannot be asked for supernets: .*refused"):
+
+
+def test_a_registry_that_does_not_answer(tracker: Tracker, no_registry: None) -> None:
+    with pytest.raises(TrackingError, match=r"registry .* cannot be used .*refused"):
         check_registry()
-    with pytest.raises(TrackingError, match="MLFLOW_REGISTRY_URI names it"):
-        compatible_versions(tracker, SIGNATURE)
+    with pytest.raises(TrackingError, match="MLFLOW_REGISTRY_URI names cannot"):
+        registered_supernets(tracker)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["pretrain"],
+        ["search", "--contribute"],
+        ["search", "--warm-start", "auto"],
+        ["transfer"],
+        ["transfer", "--transfer", "supernet", "--source", "auto"],
+    ],
+)
+def test_nothing_is_searched_for_a_registry_that_does_not_answer(
+    command: list[str], no_registry: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 1
+    assert "registry that MLFLOW_REGISTRY_URI names cannot be used" in capsys.readouterr().err
+    assert len(MlflowClient().search_runs(["0", "1"])) == 1  # the job, without a step
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from nas.ops.backend import AUTO, BFLOAT16, FLOAT32, STORAGES, choose
 from nas.ops.mixed import EDGES, NODES, NONE, OPERATIONS, CellPlan, Normaliser, Statistics
 from nas.ops.packing import Packing
 from nas.randomness import generator
-from nas.spaces.base import PRUNED, TensorGroups
+from nas.spaces.base import PRUNED, LinearClassifier, TensorGroups
 from nas.spaces.darts.genotype import Genotype, derive
 
 if TYPE_CHECKING:
@@ -237,6 +237,11 @@ class Supernet(nn.Module):
             architecture["betas"] = self.betas.detach()
         operations = {"dropped": self.dropped}
         return TensorGroups(trunk, stem, {"stem.filters": 2}, classifier, architecture, operations)
+
+    def linear_classifier(self) -> LinearClassifier:
+        """Matrix and bias of the classifier, which is given :meth:`features`."""
+        _, packing, piece = self._pieces(self.weights.detach())[-1]
+        return LinearClassifier(**packing.unpack(piece))
 
     def forward(
         self,

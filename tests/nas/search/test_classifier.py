@@ -52,15 +52,15 @@ def test_each_head_is_fitted_to_its_own_set_and_nothing_else_moves() -> None:
         images = torch.randn(40, 1, 8, 8, generator=generator(number, "images"))
         labels = torch.arange(40) % (head.stop - head.start)
         sets.append([Batch(images[i : i + 20], labels[i : i + 20], head) for i in (0, 20)])
-    fit_heads(supernet, mixing, sets)
+    classifier = supernet.linear_classifier()
+    fit_heads(classifier, lambda images: supernet.features(images, mixing), sets)
     for own, head in zip(sets, heads, strict=True):
         features = torch.cat([supernet.features(b.images, mixing) for b in own]).detach()
         matrix, bias = fit_classifier(
             features, torch.cat([b.labels for b in own]), head.stop - head.start
         )
-        classifier = supernet.groups().classifier
-        torch.testing.assert_close(classifier["classifier.matrix"][:, head], matrix)
-        torch.testing.assert_close(classifier["classifier.bias"][head], bias)
+        torch.testing.assert_close(classifier.matrix[:, head], matrix)
+        torch.testing.assert_close(classifier.bias[head], bias)
     for group in supernet.groups().classifier.values():
         group.zero_()
     for group in untouched.groups().classifier.values():
@@ -93,7 +93,7 @@ def warm_search(task: ImageTask, what: str = "both") -> BilevelSearch:
 @pytest.mark.parametrize(("what", "fits"), [("both", True), ("weights", True), ("alphas", False)])
 def test_a_search_fits_it_where_weights_move(few_digits: ImageTask, what: str, fits: bool) -> None:
     search = warm_search(few_digits, what)
-    bias = search.supernet.groups().classifier["classifier.bias"]
+    bias = search.supernet.linear_classifier().bias
     drawn = bias.clone()
     result = search.run()
     assert (not torch.allclose(bias, drawn)) == fits

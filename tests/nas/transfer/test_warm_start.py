@@ -12,7 +12,7 @@ from torch import Tensor
 from nas.data import ImageTask, TaskShape
 from nas.errors import CheckpointError, ConfigurationError, UnknownNameError
 from nas.randomness import generator
-from nas.search import BilevelSearch, SearchConfig, find_method
+from nas.search import METHODS, BilevelSearch, SearchConfig, find_method
 from nas.spaces.darts.supernet import Supernet, SupernetConfig
 from nas.transfer.supernet import WarmStart, WarmStartOptions, adapt_channels
 
@@ -83,6 +83,15 @@ class TestGroups:
             for tensor in getattr(groups, part).values():
                 tensor.fill_(7)
         assert all((tensor == 7).all() for tensor in supernet.state_dict().values())
+
+    def test_the_classifier_turns_features_into_scores(self, config: SupernetConfig) -> None:
+        supernet, images = trained(config=config), draw(COLOUR)
+        classifier, mixing = supernet.linear_classifier(), mixing_of(supernet)
+        classifier.bias.copy_(torch.arange(4.0))
+        with torch.no_grad():
+            scores = supernet(images, mixing, update_statistics=False)
+            ours = supernet.features(images, mixing) @ classifier.matrix + classifier.bias
+        assert torch.equal(ours, scores)
 
 
 class TestWhatMoves:
@@ -167,16 +176,17 @@ class TestImageChannels:
         assert adapt_channels(filters, 1, 3) is filters
 
 
-def test_other_sizes_and_classes(few_digits: ImageTask) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_other_sizes_and_classes(few_digits: ImageTask, method: str) -> None:
     """Grey 8x8 images of ten classes, from a source of colour, 12x20 pixels and four classes."""
     source = trained(TaskShape(3, 12, 20, 4))
     config = SearchConfig(supernet=PCDARTS, epochs=1, batch_size=40, crop_padding=1)
     search = BilevelSearch(
-        few_digits, find_method("pcdarts"), config, seed=0, device=torch.device("cpu"),
+        few_digits, find_method(method), config, seed=0, device=torch.device("cpu"),
         start=start(source), backend="eager",
     )  # fmt: skip
     assert_equal("trunk", search.supernet, source)
-    assert search.supernet.groups().classifier["classifier.bias"].shape == (10,)
+    assert search.supernet.linear_classifier().bias.shape == (10,)
     assert not search.weight_optimiser.state
     assert not search.architecture_optimiser.state
     result = search.run()

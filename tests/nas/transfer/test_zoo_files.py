@@ -21,6 +21,7 @@ from nas.transfer.zoo import (
     ZooEntry,
     file_digest,
     image_hashes,
+    joint_hashes,
     load_entry,
     overlap,
     save_entry,
@@ -74,7 +75,9 @@ class TestOverlap:
         digits, others = image_hashes(few_digits), image_hashes(animals)
         assert overlap(digits, digits) == 1
         assert overlap(digits, others) == 0
-        assert overlap(digits, image_hashes(few_digits, animals)) == 1
+        both = image_hashes(few_digits, animals)
+        assert overlap(digits, both) == 1
+        assert torch.equal(joint_hashes(digits, others, digits), both)
 
     def test_at_another_size(self, tmp_path: Path) -> None:
         """Images are recognised as they came, whatever size they are used at."""
