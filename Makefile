@@ -37,7 +37,7 @@ transfer: setup  ## run the main job on embedded data
 	  --env-manager local --experiment-name nas-transfer $(ARGUMENTS)
 
 test: lint setup  ## lint, type-check and test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check $(SOURCES)

@@ -15,12 +15,17 @@ from nas.data import ImageTask, load_task
 from nas.ops import build
 from nas.ops.backend import choose
 
+BEGUN_FIRST = "test_cuda_build.py"  # the longest file: at the end a single core would wait for it
 RUN_VARIABLES = (
     "MLFLOW_REGISTRY_URI",
     "MLFLOW_RUN_ID",
     "MLFLOW_EXPERIMENT_ID",
     "MLFLOW_EXPERIMENT_NAME",
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name != BEGUN_FIRST)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,25 +28,27 @@ _COLOURS = {
     "farthest": VERMILLION,
     "multi": GREEN,
 }
-_SPREAD = 0.28  # dots of a row lie within so much above and below it
+_SMALLEST, _LARGEST = 180, 1300  # areas of a circle
 _NEVER = "0: never reached"
 
 
 def draw_speed_ups(groups: Mapping[str, Sequence[float]]) -> Figure:
-    """A row of dots for each group, a dot a race, and its median."""
+    """A row of circles for each group: how many races had which speed-up, and their median."""
     figure, (axes,) = new_figure(1.9 + 0.8 * len(groups))
     quiet(
         axes,
         "how much shorter a search may be that ends no lower than one from scratch",
-        x=f"speed-up in epochs ({_NEVER}); the bar is the median",
+        x=f"speed-up in epochs ({_NEVER}); circles hold numbers of races, the bar is the median",
     )
     axes.grid(visible=False, axis="y")
     for row, (name, values) in enumerate(groups.items()):
         colour = _COLOURS.get(name, PURPLE)
-        places = row + np.linspace(-_SPREAD, _SPREAD, len(values)) if len(values) > 1 else [row]
-        axes.scatter(values, places, s=26, color=colour, alpha=0.6, linewidth=0, zorder=3)
         middle = float(np.median(values))
-        axes.plot([middle] * 2, [row - 0.4, row + 0.4], color=colour, linewidth=3, zorder=4)
+        axes.plot([middle] * 2, [row - 0.45, row + 0.45], color=colour, linewidth=3)
+        for value, count in sorted(Counter(values).items()):
+            area = _LARGEST * count / len(values)
+            axes.scatter(value, row, s=area + _SMALLEST, color=colour, linewidth=0, zorder=3)
+            axes.text(value, row, f"{count}", ha="center", va="center", color="white", zorder=4)
     axes.axvline(1, color=BLACK, linewidth=1, linestyle="--")
     axes.set_yticks(range(len(groups)), list(groups))
     axes.set_ylim(len(groups) - 0.4, -0.6)
