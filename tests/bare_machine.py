@@ -53,7 +53,7 @@ class Missing(importlib.abc.MetaPathFinder):
             package
             for package, distributions in packages.items()
             if not allowed & {_normalised(name) for name in distributions}
-        } - {"nas"}
+        } - {"nas", "pipeline"}
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
