@@ -39,15 +39,25 @@ BY_HAND = {
         ("random", 1, "4", "0.5", ""),  # its other budget has yet to run
     ),
 }
+# Another seed of the first target: 10 points worse from the nearest, where the first was 10 better.
+ANOTHER_SEED = {"a": (("scratch", 4, "", "0.6", "0.50"), ("nearest", 1, "1", "0.6", "0.40"))}
 
 
 @pytest.fixture
 def report(tmp_path: Path) -> str:
+    return written(tmp_path, {"0": BY_HAND})
+
+
+def written(
+    tmp_path: Path, seeds: dict[str, dict[str, tuple[tuple[str, int, str, str, str], ...]]]
+) -> str:
     rows = []
-    for target, cells in BY_HAND.items():
+    for seed, target, cells in (
+        (s, t, c) for s, by_target in seeds.items() for t, c in by_target.items()
+    ):
         for start, epochs, distance, accuracies, tested in cells:
             row = dict.fromkeys(COLUMNS, "")
-            row |= {"target": target, "method": "darts", "seed": "0", "start": start}
+            row |= {"target": target, "method": "darts", "seed": seed, "start": start}
             row |= {"epochs": str(epochs), "distance": distance, "accuracies": accuracies}
             row |= {"seconds": "9 " * epochs, "processor_seconds": str(2 * epochs)}
             row |= {"test_accuracy": tested, "final_accuracy": accuracies.split()[-1]}
@@ -64,15 +74,15 @@ def report(tmp_path: Path) -> str:
     preset = warm_start_preset(1)
     searches = tuple((name, replace(c, epochs=4, warmup_epochs=1)) for name, c in preset.searches)
     design = replace(preset, searches=searches, budgets=(1, 2), reduced_epochs=1)
-    written = write_report(known, design, tmp_path / "out")
-    assert {path.name for path in written} == {
+    paths = write_report(known, design, tmp_path / "out")
+    assert {path.name for path in paths} == {
         "report.md",
         "speed-ups.png",
         "curves.png",
         "distance.png",
         "retrained.png",
     }
-    return written[0].read_text()
+    return paths[0].read_text()
 
 
 def test_speed_ups(report: str) -> None:
@@ -117,3 +127,9 @@ def test_distance(report: str) -> None:
     # distances 1 2 2 2 4 3 and gains 0 -40 0 -10 0 -50 points, ranks 1 3 3 3 6 5 and 5 2 5 3 5 1:
     # products of deviations -3.75 0.75 -0.75 0.25 3.75 -3.75, over the root of 15.5 * 15.5
     assert f"| accuracy after 1 epochs less the goal | 6 | {-3.5 / 15.5:.2f} | " in report
+
+
+def test_each_target_counts_once(tmp_path: Path) -> None:
+    # means by target: (10 - 10) / 2, 2 and 3 points
+    line = "| test | nearest 1 less scratch 4 | 3 | +1.67 ("
+    assert line in written(tmp_path, {"0": BY_HAND, "1": ANOTHER_SEED})
