@@ -89,6 +89,16 @@ def load() -> None:
 
 
 @contextmanager
+def filled_by(blocks: int) -> Iterator[None]:
+    """As if so many blocks filled a GPU: fewer share more of a small cell's work each."""
+    before = torch.ops.nas_transfer_emulated.set_blocks(blocks)
+    try:
+        yield
+    finally:
+        torch.ops.nas_transfer_emulated.set_blocks(before)
+
+
+@contextmanager
 def poisoned() -> Iterator[None]:
     """Fills fresh memory with NaN, so that what a kernel leaves out shows."""
     before = torch.are_deterministic_algorithms_enabled()

@@ -55,18 +55,19 @@ class Backward {
 
   // The pools of all states once more, with the place of each maximum.
   void recall_pools() {
-    Pools<T> work{g_, call_.states, call_.output, 0, {}, {}, {}, nullptr};
-    for (int s = 0; s < kSources; ++s) {
-      if (!pools_alive(call_.live, s)) continue;
-      work.source[work.sources] = s;
-      work.to[work.sources] = memory_.pools[s];
-      work.largest[work.sources++] = memory_.largest[s];
+    if (shape().reduction) recall_pools(0, 2);
+    recall_pools(shape().reduction ? 2 : 0, kSources);
+  }
+  // Of states of one size.
+  void recall_pools(int first, int last) {
+    Convolve<T> work{inputs(), {}, {}, {}, 0, nullptr, {}, {}, nullptr};
+    for (int s = first; s < last; ++s) {
+      add_pools(call_.live, s, work.jobs);
+      work.jobs.close();
+      work.pools[s] = memory_.pools[s];
+      work.largest[s] = memory_.largest[s];
     }
-    if (!work.sources) return;
-    Arena arena(nullptr);
-    for (int part = 0; part < 2; ++part) Moments<P>::take(arena, g_.channels(), V);
-    const int chunks = chunks_for(divide_up(g_.plane(), kNumbers), work.sources);
-    launch(pool<T, V>, {unsigned(chunks), unsigned(work.sources), 1}, arena.used(), stream_, work);
+    if (work.jobs.count) run_convolve<V>(work, stream_);
   }
 
   // The gradient of the pools of a state, ready to be collected.
@@ -121,14 +122,15 @@ class Backward {
   void go_back(int target) {
     added_ = {};
     const Jobs second = second_convolutions(call_.live, target);
-    if (second.count) run_convolve<V>(inputs(), second, memory_.seconds, (P*)nullptr, stream_);
+    if (second.count) {
+      Convolve<T> work{inputs(), second, {}, {}, 0, memory_.seconds, {}, {}, nullptr};
+      run_convolve<V>(work, stream_);
+    }
     dot_products(target);
     Jobs first;
     for (int s = 0; s < target; ++s) {
-      const int edge = edge_of(s, target);
-      for (const int c : {kSep3A, kSep5A, kDilated3, kDilated5}) {
-        if (live(edge)[operation_of(c)]) first.add(edge, c);
-      }
+      add_first(call_.live, edge_of(s, target), first);
+      first.close();
     }
     pointwise_gradients(second, target, 1);
     depthwise_gradients(second, true);
@@ -206,12 +208,12 @@ class Backward {
     work.matrices = call_.weights_gradient ? memory_.matrices[round] : nullptr;
     const auto bytes = [&](const Tiling& t) {
       Arena arena(nullptr);
-      GradientMemory<P>::take(arena, t, largest_input(work.in, jobs, t), g_.channels(),
+      GradientMemory<P>::take(arena, t, largest_region(work.in, jobs, t), g_.channels(),
                               work.matrices);
       return arena.used();
     };
-    work.tiling = plan_nodes(g_, bytes);
-    work.input = largest_input(work.in, jobs, work.tiling);
+    work.tiling = plan_jobs(work.in, jobs, bytes);
+    work.input = largest_region(work.in, jobs, work.tiling);
     const int chunks = chunks_for(work.tiling.tiles(), jobs.count);
     launch(pointwise_gradient<T, V>, {unsigned(chunks), unsigned(jobs.count), 1},
            bytes(work.tiling), stream_, work);
@@ -266,7 +268,7 @@ class Backward {
       return arena.used();
     };
     work.tiling = plan_tiles(g_.images(), g_.state_height(source), g_.state_width(source),
-                             g_.channels(), bytes);
+                             g_.channels(), false, bytes);
     const int chunks = chunks_for(work.tiling.tiles(), work.count);
     if (work.taps) {
       for (int k = 0; k < work.count; ++k) {

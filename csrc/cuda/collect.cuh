@@ -276,7 +276,7 @@ NAS_KERNEL_OF(T)
       if (wanted) {
         product<T>(from, out_pitch, call.rows, columns, job.inputs,
                 [&](int k, int c) { return job.weights[c * job.outputs + first + k]; }, staged,
-                back, in_pitch);
+                ToShared<A>{back, in_pitch, call.rows, job.inputs});
         for (int i = int(threadIdx.x); i < count * job.inputs; i += kThreads) {
           const int row = i / job.inputs, c = i % job.inputs;
           const int64_t pixel = job.source(half, start + row);

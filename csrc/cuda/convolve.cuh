@@ -1,21 +1,24 @@
-// Depthwise and pointwise convolution of tiles, with the sums that its normalisation needs.
+// Convolutions, depthwise and pointwise, and pools, with the sums that their normalisations need. A
+// block brings a tile of an input into shared memory once, with the largest border that anything
+// needs which it makes from it: all edges that leave a state read the same tile.
 
 #pragma once
 
+#include "pool.cuh"
 #include "product.cuh"
-#include "statistics.cuh"
 
 namespace nas::cuda {
 
-// The rectified input of a first convolution.
+// The input of a first convolution, rectified, or of a pool.
 template <typename T>
-struct Rectified {
+struct OfState {
   Plane<const T> state;
+  bool rectified;
 
   template <int V>
   NAS_DEVICE void operator()(int64_t pixel, int channel, Sum<T> (&values)[V]) const {
     load<V>(state.pixel(pixel) + channel, values);
-    NAS_UNROLL for (int v = 0; v < V; ++v) values[v] = relu(values[v]);
+    NAS_UNROLL for (int v = 0; v < V; ++v) values[v] = rectified ? relu(values[v]) : values[v];
   }
 };
 
@@ -34,7 +37,7 @@ struct NormalisedAndRectified {
   }
 };
 
-// What an edge's convolutions read.
+// What an edge's convolutions and its source's pools read.
 template <typename T>
 struct Inputs {
   Geometry g;
@@ -56,12 +59,14 @@ struct Inputs {
       f(NormalisedAndRectified<T>{plane(edge, convolution - 1), mean + at,
                                   reciprocal_deviation + at});
     } else {
-      f(Rectified<T>{g.state(states, output, source_of(edge))});
+      f(OfState<T>{g.state(states, output, source_of(edge)), !is_pool(convolution)});
     }
   }
   NAS_BOTH Steps steps(int edge, int convolution) const {
+    const int stride = is_second(convolution) ? 1 : g.stride(source_of(edge));
+    if (is_pool(convolution)) return {3, 1, stride};
     const Taps taps = Taps::of(convolution);
-    return {taps.size, taps.dilation, is_second(convolution) ? 1 : g.stride(source_of(edge))};
+    return {taps.size, taps.dilation, stride};
   }
   NAS_BOTH int input_height(int edge, int convolution) const {
     return is_second(convolution) ? g.node_height() : g.state_height(source_of(edge));
@@ -69,107 +74,243 @@ struct Inputs {
   NAS_BOTH int input_width(int edge, int convolution) const {
     return is_second(convolution) ? g.node_width() : g.state_width(source_of(edge));
   }
+  // What the jobs first..last - 1, which have one input, read of a tile.
+  NAS_BOTH Region region(const Jobs& jobs, int first, int last, const Tiling& t) const {
+    Region region = steps(jobs.edge[first], jobs.convolution[first]).region(t);
+    for (int job = first + 1; job < last; ++job) {
+      region.include(steps(jobs.edge[job], jobs.convolution[job]).region(t));
+    }
+    return region;
+  }
 };
 
-// The depthwise outputs of one tile of a convolution: to [pixel][channel]. `region` is scratch.
+// Fills the region of a tile of a job's input: channels first..first + slab - 1.
 template <int V, typename T>
-NAS_DEVICE void depthwise_outputs(const Inputs<T>& in, int edge, int convolution, const Tiling& t,
-                                  const Tile& tile, Sum<T>* scratch, Sum<T>* to, int pitch) {
-  using A = Sum<T>;
-  const int channels = in.g.channels();
-  const Steps steps = in.steps(edge, convolution);
-  const Region region = steps.region(t);
-  const A* taps = in.weights + Taps::of(convolution).at(in.g, edge);
-  for (int first = 0; first < channels; first += t.slab) {
-    const int slab = smaller(t.slab, channels - first);
-    in.with_input(edge, convolution, [&](const auto& read) {
-      load_region<V>(region, t, tile.image, tile.images, tile.y * steps.stride - steps.padding(),
-                     tile.x * steps.stride - steps.padding(), in.input_height(edge, convolution),
-                     in.input_width(edge, convolution), first, slab, scratch, read);
-    });
-    __syncthreads();
-    depthwise_tile(region, t, steps, scratch, slab, taps + first, channels, to + first, pitch);
-    __syncthreads();
-  }
+NAS_DEVICE void load_input(const Inputs<T>& in, int edge, int convolution, const Region& region,
+                           const Tiling& t, const Tile& tile, int first, int slab, Sum<T>* to) {
+  const int stride = in.steps(edge, convolution).stride;
+  in.with_input(edge, convolution, [&](const auto& read) {
+    load_region<V>(region, t, tile.image, tile.images, tile.y * stride - region.border,
+                   tile.x * stride - region.border, in.input_height(edge, convolution),
+                   in.input_width(edge, convolution), first, slab, to, read);
+  });
 }
 
 template <typename A>
 struct ConvolveMemory {
-  A *scratch, *depthwise, *staged;
-  Moments<A> moments;
+  A *region, *depthwise, *staged;
+  int* places;
+  JobSums<A> sums;
 
-  // `scratch` is the input first and the output then.
-  NAS_BOTH static ConvolveMemory take(Arena& arena, const Tiling& t, int64_t input, int channels,
-                                      int vector) {
-    const int64_t tile = int64_t(t.pixels()) * row_pitch(channels);
+  NAS_BOTH static ConvolveMemory take(Arena& arena, const Tiling& t, int64_t region, int jobs,
+                                      int channels) {
     ConvolveMemory memory;
-    memory.scratch = arena.take<A>(larger(input, tile));
-    memory.depthwise = arena.take<A>(tile);
+    memory.region = arena.take<A>(region);
+    memory.depthwise = arena.take<A>(int64_t(t.pixels()) * row_pitch(channels));
     memory.staged = arena.take<A>(staged_numbers(channels));
-    memory.moments = Moments<A>::take(arena, channels, vector);
+    memory.places = arena.take<int>(t.pixels());
+    memory.sums = JobSums<A>::take(arena, jobs, channels);
     return memory;
   }
 };
 
-// Convolutions of one launch.
+// Convolutions and pools of one launch. The pools of an input are the first of its jobs.
 template <typename T>
 struct Convolve {
   Inputs<T> in;
   Jobs jobs;
+  Groups groups;
   Tiling tiling;
-  int64_t input;     // numbers of the largest input of a tile
-  T* to;             // planes of first convolutions, or of second ones
-  Sum<T>* moments;   // of each job, or null where nobody asks
+  int64_t region;              // numbers of a group's largest
+  T* to;                       // planes of first convolutions, or of second ones
+  T* pools[kSources];          // of a state: maximum, then average
+  uint8_t* largest[kSources];  // where in its window a maximum is; null where nobody asks
+  Sum<T>* moments;             // of each job, or null where nobody asks
+};
+
+// The work of one block.
+template <typename T, int V>
+class ConvolveBlock {
+  using A = Sum<T>;
+
+ public:
+  NAS_DEVICE explicit ConvolveBlock(const Convolve<T>& call)
+      : call_(call), t_(call.tiling), first_(call.groups.first[blockIdx.y]),
+        last_(call.groups.last[blockIdx.y]), channels_(call.in.g.channels()) {
+    Arena arena(shared_memory());
+    memory_ = ConvolveMemory<A>::take(arena, t_, call.region, call.groups.most, channels_);
+    region_ = call.in.region(call.jobs, first_, last_, t_);
+    while (first_ + pools_ < last_ && is_pool(convolution(first_ + pools_))) ++pools_;
+  }
+
+  NAS_DEVICE void run() {
+    const Span span = Span::of(t_.tiles(), int(gridDim.x), int(blockIdx.x));
+    memory_.sums.start(last_ - first_);
+    clear_padding(memory_.depthwise, t_.pixels(), channels_, row_pitch(channels_));
+    A count = A(0);
+    for (int64_t index = span.first; index < span.last; ++index) {
+      begins_ = index == span.first;
+      const Tile tile = Tile::of(t_, index);
+      count += A(tile.pixels());
+      find_places(t_, tile, memory_.places);
+      if (pools_) pool(tile);
+      // channels that do not fit come once more for each convolution
+      if (whole() && first_ + pools_ < last_) load_whole(tile);
+      for (int job = first_ + pools_; job < last_; ++job) convolve(tile, job);
+    }
+    if (!call_.moments) return;
+    __syncthreads();
+    for (int job = first_; job < last_; ++job) {
+      const int64_t chunk = int64_t(job) * gridDim.x + blockIdx.x;
+      memory_.sums.finish(job - first_, count,
+                          call_.moments + moments_numbers(int(chunk), channels_));
+    }
+  }
+
+ private:
+  NAS_DEVICE int edge(int job) const { return call_.jobs.edge[job]; }
+  NAS_DEVICE int convolution(int job) const { return call_.jobs.convolution[job]; }
+  NAS_DEVICE bool whole() const { return t_.slab >= channels_; }
+  NAS_DEVICE int slab(int first) const { return smaller(t_.slab, channels_ - first); }
+
+  NAS_DEVICE void load(const Tile& tile, int job, int first) const {
+    load_input<V>(call_.in, edge(job), convolution(job), region_, t_, tile, first, slab(first),
+                  memory_.region);
+    __syncthreads();
+  }
+  // All channels, rectified. Pools have left them there as they are.
+  NAS_DEVICE void load_whole(const Tile& tile) const {
+    if (!pools_) return load(tile, first_, 0);
+    rectify(memory_.region, region_.numbers(t_.images));
+    __syncthreads();
+  }
+
+  NAS_DEVICE Output<V, T> output(const Tile& tile, T* plane, int job, int first, int last) const {
+    return {plane + tile.start(t_) * channels_, memory_.places, t_.pixels(), first, last,
+            memory_.sums, job - first_, begins_, call_.moments != nullptr};
+  }
+  // After a barrier, and before the next one.
+  NAS_DEVICE void fold(int job) const {
+    if (call_.moments) memory_.sums.fold(job - first_);
+  }
+
+  NAS_DEVICE void pool(const Tile& tile) const {
+    for (int first = 0; first < channels_; first += t_.slab) {
+      load(tile, first_, first);
+      for (int job = first_; job < first_ + pools_; ++job) {
+        pool(tile, job, first);
+        __syncthreads();
+        fold(job);
+        __syncthreads();
+      }
+    }
+  }
+  NAS_DEVICE void pool(const Tile& tile, int job, int first) const {
+    const Geometry& g = call_.in.g;
+    const int s = source_of(edge(job)), average = convolution(job) - kPooled;
+    const PoolTile<A> work{t_, tile, region_, memory_.region, g.stride(s), g.state_height(s),
+                           g.state_width(s), slab(first)};
+    const auto to = output(tile, call_.pools[s] + average * g.plane(), job, first,
+                           first + slab(first));
+    if (average) {
+      work.template run<true>([&](const auto& patch, const auto&) { to(patch); });
+      return;
+    }
+    uint8_t* largest = call_.largest[s];
+    if (largest) largest += tile.start(t_) * channels_;
+    work.template run<false>([&](const auto& patch, const auto& where) {
+      to(patch);
+      if (largest && patch.column < slab(first)) {
+        store_where(to, patch, where, largest + first + patch.column);
+      }
+    });
+  }
+  template <typename Patch>
+  NAS_DEVICE void store_where(const Output<V, T>& output, const Patch& patch,
+                              const uint8_t (&where)[4][4], uint8_t* to) const {
+    output.for_inside(patch, [&](int i, int place) {
+      uint8_t* at = to + int64_t(place) * channels_;
+      if (V >= 4) {
+        *reinterpret_cast<uint32_t*>(at) = uint32_t(where[i][0]) | uint32_t(where[i][1]) << 8 |
+                                           uint32_t(where[i][2]) << 16 |
+                                           uint32_t(where[i][3]) << 24;
+        return;
+      }
+      NAS_UNROLL for (int j = 0; j < 4; ++j) {
+        if (output.first + patch.column + j < output.last) at[j] = where[i][j];
+      }
+    });
+  }
+
+  NAS_DEVICE void convolve(const Tile& tile, int job) const {
+    const Geometry& g = call_.in.g;
+    const int edge = this->edge(job), convolution = this->convolution(job);
+    const int pitch = row_pitch(channels_);
+    const A* taps = call_.in.weights + Taps::of(convolution).at(g, edge);
+    for (int first = 0; first < channels_; first += t_.slab) {
+      if (first) __syncthreads();
+      if (!whole()) load(tile, job, first);
+      depthwise_tile(region_, t_, call_.in.steps(edge, convolution), memory_.region, slab(first),
+                     taps + first, channels_, memory_.depthwise + first, pitch);
+    }
+    const A* matrix = call_.in.weights + matrix_at(g, edge, convolution);
+    T* plane = call_.to + (is_second(convolution) ? g.second_convolution(edge, convolution)
+                                                  : g.first_convolution(edge, convolution));
+    product<T>(memory_.depthwise, pitch, t_.pixels(), channels_, channels_,
+               [&](int k, int c) { return matrix[k * channels_ + c]; }, memory_.staged,
+               output(tile, plane, job, 0, channels_));
+    fold(job);
+  }
+
+  const Convolve<T>& call_;
+  const Tiling& t_;
+  int first_, last_, pools_ = 0;  // of its jobs, the pools are the first
+  int channels_;
+  ConvolveMemory<A> memory_;
+  Region region_;
+  bool begins_ = true;
 };
 
 template <typename T, int V>
 NAS_KERNEL_ALONE convolve(const __grid_constant__ Convolve<T> call) {
-  using A = Sum<T>;
-  const Tiling& t = call.tiling;
-  const int channels = call.in.g.channels(), pitch = row_pitch(channels);
-  const int edge = call.jobs.edge[blockIdx.y], convolution = call.jobs.convolution[blockIdx.y];
-  Arena arena(shared_memory());
-  const auto memory = ConvolveMemory<A>::take(arena, t, call.input, channels, V);
-  const A* matrix = call.in.weights + matrix_at(call.in.g, edge, convolution);
-  T* to = call.to + (is_second(convolution) ? call.in.g.second_convolution(edge, convolution)
-                                            : call.in.g.first_convolution(edge, convolution));
-  const Share share = Share::of(channels, V);
-  const Span span = Span::of(t.tiles(), int(gridDim.x), int(blockIdx.x));
+  ConvolveBlock<T, V>(call).run();
+}
 
-  memory.moments.template start<V>(channels);
-  clear_padding(memory.depthwise, t.pixels(), channels, pitch);
-  A count = A(0);
-  for (int64_t index = span.first; index < span.last; ++index) {
-    const Tile tile = Tile::of(t, index);
-    depthwise_outputs<V>(call.in, edge, convolution, t, tile, memory.scratch, memory.depthwise,
-                         pitch);
-    product<T>(memory.depthwise, pitch, t.pixels(), channels, channels,
-            [&](int k, int c) { return matrix[k * channels + c]; }, memory.staged, memory.scratch,
-            pitch);
-    if (index == span.first) {
-      for (int c = int(threadIdx.x); c < channels; c += kThreads) {
-        memory.moments.shift[c] = memory.scratch[c];
-      }
-      __syncthreads();
-    }
-    count += A(tile.images * tile.rows * tile.columns);
-    for (int item = int(threadIdx.x); item < share.items(); item += kThreads) {
-      const int worker = item / share.across, channel = item % share.across * V;
-      for (int p = worker; p < t.pixels(); p += share.workers) {
-        const Pixel pixel = Pixel::of(t, tile, p);
-        if (!pixel.inside) continue;
-        A values[V];
-        NAS_UNROLL for (int v = 0; v < V; ++v) values[v] = memory.scratch[p * pitch + channel + v];
-        store<V>(to + pixel.at * channels + channel, values);
-        memory.moments.template add<V>(worker, channels, channel, values);
-      }
-    }
-    __syncthreads();
+// How the planes that jobs make are cut. `bytes` tells what a tiling needs.
+template <typename T, typename Bytes>
+Tiling plan_jobs(const Inputs<T>& in, const Jobs& jobs, Bytes&& bytes) {
+  const Geometry& g = in.g;
+  const bool sharing = jobs.count > jobs.inputs;
+  return plan_tiles(g.images(), g.node_height(), g.node_width(), g.channels(), sharing, bytes);
+}
+// Numbers of the largest region that the jobs of an input need.
+template <typename T>
+int64_t largest_region(const Inputs<T>& in, const Jobs& jobs, const Tiling& t) {
+  int64_t numbers = 0;
+  for (int i = 0; i < jobs.inputs; ++i) {
+    numbers = larger(numbers, in.region(jobs, jobs.begin(i), jobs.end[i], t).numbers(t.images));
   }
-  if (!call.moments) return;
-  const int64_t job = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
-  memory.moments.template finish<V>(channels, count,
-                                    call.moments + moments_numbers(int(job), channels));
+  return numbers;
+}
+
+// Plans and launches; returns the blocks of each job, which leave its moments.
+template <int V, typename T>
+int run_convolve(Convolve<T>& call, Stream stream) {
+  const auto bytes = [&](const Tiling& t, int jobs) {
+    Arena arena(nullptr);
+    ConvolveMemory<Sum<T>>::take(arena, t, largest_region(call.in, call.jobs, t), jobs,
+                                 call.in.g.channels());
+    return arena.used();
+  };
+  call.tiling = plan_jobs(call.in, call.jobs, [&](const Tiling& t) { return bytes(t, 1); });
+  int most = 1;  // jobs of a block that there is memory for
+  while (most < call.jobs.count && bytes(call.tiling, most + 1) <= kSharedBytes) ++most;
+  call.region = largest_region(call.in, call.jobs, call.tiling);
+  call.groups = Groups::of(call.jobs, call.tiling.tiles(), most);
+  const int chunks = chunks_for(call.tiling.tiles(), call.groups.count);
+  launch(convolve<T, V>, {unsigned(chunks), unsigned(call.groups.count), 1},
+         bytes(call.tiling, call.groups.most), stream, call);
+  return chunks;
 }
 
 }  // namespace nas::cuda

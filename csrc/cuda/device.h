@@ -49,6 +49,7 @@
 namespace nas::cuda {
 
 constexpr int kThreads = 256;            // of every block
+constexpr int kWarps = kThreads / 32;
 constexpr int kSharedBytes = 99 << 10;   // of a block: what every GPU since sm_80 has
 constexpr double kEpsilon = 1e-5;        // added to variances, torch's default
 

@@ -116,7 +116,6 @@ NAS_DEVICE double chunk_sum(const P* from, int64_t step, int chunks) {
 template <typename P>
 NAS_KERNEL_OF(P)
     settle_dots(const __grid_constant__ SettleDots<P> call) {
-  constexpr int kWarps = kThreads / 32;
   const Geometry& g = call.g;
   const int s = int(blockIdx.y), operation = int(blockIdx.x), channels = g.channels();
   const int edge = edge_of(s, call.target), place = edge * kOperations + operation;

@@ -2,15 +2,15 @@
 //
 // A normalisation needs the whole batch before its first number, so convolutions end a launch. Few
 // launches do the work of many edges: all edges that leave the two inputs are ready at once, eight
-// of the fourteen, and then all that leave the node before. So there are four rounds of first
-// convolutions, with pools; second convolutions of the edges into one node; and that node.
+// of the fourteen, and then all that leave the node before. So there are four rounds of what leaves
+// the states, first convolutions and pools; second convolutions of the edges into one node; and
+// that node.
 
 #pragma once
 
 #include "combine.cuh"
 #include "convolve.cuh"
 #include "pointwise.cuh"
-#include "pool.cuh"
 
 namespace nas::cuda {
 
@@ -29,22 +29,6 @@ constexpr int kStream = 1024;  // blocks of a launch that only passes over memor
 inline unsigned blocks_for(int64_t items) {
   return unsigned(smaller<int64_t>(divide_up(items, kThreads), kStream));
 }
-// Numbers of the largest input of a tile among the convolutions of a launch.
-template <typename T>
-int64_t largest_input(const Inputs<T>& in, const Jobs& jobs, const Tiling& t) {
-  int64_t numbers = 0;
-  for (int i = 0; i < jobs.count; ++i) {
-    const Steps steps = in.steps(jobs.edge[i], jobs.convolution[i]);
-    numbers = larger(numbers, steps.region(t).numbers(t.images));
-  }
-  return numbers;
-}
-// How the nodes' planes are cut for convolutions; `bytes` is what a tiling needs.
-template <typename Bytes>
-Tiling plan_nodes(const Geometry& g, Bytes&& bytes) {
-  return plan_tiles(g.images(), g.node_height(), g.node_width(), g.channels(), bytes);
-}
-
 // Preprocessing of input `which`.
 template <typename T, typename P>
 Pointwise<T> preprocessing(const CellShape& shape, const T* before, const T* previous,
@@ -80,27 +64,22 @@ inline Jobs second_convolutions(const bool (&live)[kEdges][kOperations], int tar
     const int edge = edge_of(s, target);
     for (const int c : {kSep3B, kSep5B}) {
       if (live[edge][operation_of(c)]) jobs.add(edge, c);
+      jobs.close();
     }
   }
   return jobs;
 }
-
-// One launch of convolutions, which are all first ones or all second ones; returns the blocks of
-// each, which leave `moments` where it is not null.
-template <int V, typename T>
-int run_convolve(const Inputs<T>& in, const Jobs& jobs, T* to, Sum<T>* moments, Stream stream) {
-  Convolve<T> work{in, jobs, {}, 0, to, moments};
-  const auto bytes = [&](const Tiling& t) {
-    Arena arena(nullptr);
-    ConvolveMemory<Sum<T>>::take(arena, t, largest_input(in, jobs, t), in.g.channels(), V);
-    return arena.used();
-  };
-  work.tiling = plan_nodes(in.g, bytes);
-  work.input = largest_input(in, jobs, work.tiling);
-  const int chunks = chunks_for(work.tiling.tiles(), jobs.count);
-  launch(convolve<T, V>, {unsigned(chunks), unsigned(jobs.count), 1}, bytes(work.tiling), stream,
-         work);
-  return chunks;
+// The first convolutions of an edge.
+inline void add_first(const bool (&live)[kEdges][kOperations], int edge, Jobs& jobs) {
+  for (const int c : {kSep3A, kSep5A, kDilated3, kDilated5}) {
+    if (live[edge][operation_of(c)]) jobs.add(edge, c);
+  }
+}
+// The pools of a state.
+inline void add_pools(const bool (&live)[kEdges][kOperations], int s, Jobs& jobs) {
+  for (int average = 0; average < 2; ++average) {
+    if (pool_alive(live, s, average)) jobs.add(edge_of(s, larger(2, s + 1)), kPooled + average);
+  }
 }
 
 template <typename T, int V>
@@ -113,9 +92,11 @@ class Forward {
     kept_ = call.kept ? call.kept : arena_.template take<T>(g_.kept());
     seconds_ = arena_.template take<T>(g_.seconds());
     for (auto& pooled : pools_) pooled = arena_.template take<T>(2 * g_.plane());
-    const int64_t most = larger(shape().channels, int64_t(1)) * 3;
-    // no launch has more jobs than kEdges * kConvolutions, or more blocks than that and kBlocks
-    moments_ = arena_.template take<P>((kBlocks + kEdges * kConvolutions) * most);
+    // no launch has more groups than Jobs::kMost, or more blocks than that and kBlocks
+    const int64_t blocks = kBlocks + Jobs::kMost;
+    const int64_t shared = kFromState * smaller(blocks, g_.node_pixels() * 2);
+    moments_ = arena_.template take<P>(
+        larger(blocks * shape().channels, shared * g_.channels()) * 3);
   }
 
   int64_t workspace_bytes() const { return arena_.used(); }
@@ -128,8 +109,7 @@ class Forward {
     preprocess();
     for (int target = 2; target < kStates; ++target) {
       const int first = target == 2 ? 0 : target - 1;  // states that have just been made
-      first_convolutions(first, target);
-      pools(first, target);
+      leave_states(first, target);
       reductions(target);
       convolve_all(second_convolutions(call_.live, target), seconds_);
       make_node(target);
@@ -198,56 +178,31 @@ class Forward {
 
   void convolve_all(const Jobs& jobs, T* to) {
     if (!jobs.count) return;
-    const int chunks = run_convolve<V>(inputs(), jobs, to, moments(), stream_);
+    Convolve<T> work{inputs(), jobs, {}, {}, 0, to, {}, {}, moments()};
+    for (int s = 0; s < kSources; ++s) work.pools[s] = pools_[s];
+    const int chunks = run_convolve<V>(work, stream_);
     Settles settles;
     for (int i = 0; i < jobs.count; ++i) {
+      const int edge = jobs.edge[i], c = jobs.convolution[i];
       settles.add({moments_numbers(i * chunks, g_.channels()),
-                   shape().convolution_statistics(jobs.edge[i], jobs.convolution[i]),
+                   is_pool(c) ? shape().pool_statistics(source_of(edge), c - kPooled)
+                              : shape().convolution_statistics(edge, c),
                    g_.channels(), chunks});
     }
     settle(settles);
   }
 
-  // Calls f(edge) for all edges that leave the states first..target - 1.
-  template <typename F>
-  void for_fresh(int first, int target, F&& f) const {
-    for (int s = first; s < target; ++s) {
-      for (int t = larger(2, s + 1); t < kStates; ++t) f(edge_of(s, t));
-    }
-  }
-
-  void first_convolutions(int first, int target) {
+  // All that the states first..target - 1 are read for.
+  void leave_states(int first, int target) {
     Jobs jobs;
-    for_fresh(first, target, [&](int edge) {
-      for (const int c : {kSep3A, kSep5A, kDilated3, kDilated5}) {
-        if (live(edge)[operation_of(c)]) jobs.add(edge, c);
-      }
-    });
-    convolve_all(jobs, kept_);
-  }
-
-  void pools(int first, int target) {
-    Pools<T> work{g_, call_.states, call_.output, 0, {}, {}, {}, moments()};
     for (int s = first; s < target; ++s) {
-      if (!pools_alive(call_.live, s)) continue;
-      work.source[work.sources] = s;
-      work.largest[work.sources] = nullptr;
-      work.to[work.sources++] = pools_[s];
-    }
-    if (!work.sources) return;
-    Arena arena(nullptr);
-    for (int part = 0; part < 2; ++part) Moments<P>::take(arena, g_.channels(), V);
-    const int chunks = chunks_for(divide_up(g_.plane(), kNumbers), 2 * work.sources);
-    launch(pool<T, V>, {unsigned(chunks), unsigned(work.sources), 1}, arena.used(), stream_, work);
-    Settles settles;
-    for (int i = 0; i < work.sources; ++i) {
-      for (int average = 0; average < 2; ++average) {
-        if (!pool_alive(call_.live, work.source[i], average)) continue;
-        settles.add({moments_numbers((i * 2 + average) * chunks, g_.channels()),
-                     shape().pool_statistics(work.source[i], average), g_.channels(), chunks});
+      add_pools(call_.live, s, jobs);
+      for (int t = larger(2, s + 1); t < kStates; ++t) {
+        add_first(call_.live, edge_of(s, t), jobs);
       }
+      jobs.close();
     }
-    settle(settles);
+    convolve_all(jobs, kept_);
   }
 
   // All of the skip connections that reduce, in the first round.
@@ -256,13 +211,13 @@ class Forward {
     PointwiseForward<T> work;
     work.pixels = g_.node_pixels();
     int64_t statistics[kReducing];
-    for_fresh(0, 2, [&](int edge) {
-      if (!live(edge)[kSkip]) return;
-      const int slot = reducing_slot(source_of(edge), target_of(edge));
+    for (int slot = 0; slot < kReducing; ++slot) {
+      const int edge = edge_of(slot % 2, 2 + slot / 2);
+      if (!live(edge)[kSkip]) continue;
       work.job[work.count] = reduction(g_, (const T*)call_.states, call_.weights, edge);
       work.to[work.count] = kept_ + g_.reduced(slot);
       statistics[work.count++] = shape().reduce_statistics(slot);
-    });
+    }
     run_pointwise(work, statistics);
   }
 

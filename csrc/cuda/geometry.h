@@ -96,25 +96,41 @@ NAS_BOTH int operation_of(int convolution) {
 NAS_BOTH bool is_second(int convolution) {
   return convolution == kSep3B || convolution == kSep5B;
 }
+// In the place of a convolution: the maximum or, one further, the average of the state that the
+// edge leaves.
+constexpr int kPooled = kConvolutions;
+NAS_BOTH bool is_pool(int convolution) { return convolution >= kPooled; }
+constexpr int kFromState = kNodes * kFirst + 2;  // convolutions and pools of an input of the cell
 
 NAS_BOTH int64_t Geometry::second_convolution(int edge, int which) const {
   return (2 * source_of(edge) + which / 2) * plane();
 }
 
-// Convolutions of one launch: a block finds its own by blockIdx.y.
+// Convolutions and pools of one launch, those of one input together.
 struct Jobs {
-  int count = 0;
-  uint8_t edge[kEdges * kConvolutions], convolution[kEdges * kConvolutions];
+  static constexpr int kMost = kEdges * kConvolutions;
+  int count = 0, inputs = 0;
+  uint8_t edge[kMost], convolution[kMost];
+  uint8_t end[kMost];  // of an input's jobs
 
   void add(int e, int c) {
     edge[count] = uint8_t(e);
     convolution[count++] = uint8_t(c);
   }
+  // What was added since the last call reads one input.
+  void close() {
+    if (count > begin(inputs)) end[inputs++] = uint8_t(count);
+  }
+  int begin(int input) const { return input ? end[input - 1] : 0; }
 };
 
 // Blocks that share the work of a job: enough to fill a large GPU, whatever the number of jobs. It
 // decides the order of sums, so it depends on the shapes alone.
+#if defined(NAS_EMULATION)
+inline int kBlocks = 528;  // tests lower it: small cells are then shared as large ones are
+#else
 constexpr int kBlocks = 528;
+#endif
 inline int chunks_for(int64_t units, int jobs) {
   return int(smaller<int64_t>(units, larger<int64_t>(1, divide_up(kBlocks, larger(jobs, 1)))));
 }
@@ -126,6 +142,31 @@ struct Span {
     return {units * chunk / chunks, units * (chunk + 1) / chunks};
   }
   NAS_BOTH int64_t count() const { return last - first; }
+};
+
+// Jobs of one input that a block takes one after another, so that it reads the input once: the
+// block finds them by blockIdx.y.
+struct Groups {
+  int count = 0, most = 0;  // most: jobs of the largest
+  uint8_t first[Jobs::kMost], last[Jobs::kMost];
+
+  // All jobs of an input together, unless that makes fewer than kBlocks blocks of the tiles, or
+  // there are more than `limit`.
+  static Groups of(const Jobs& jobs, int64_t tiles, int limit) {
+    const auto wanted = larger<int64_t>(1, kBlocks / (tiles * larger(jobs.inputs, 1)));
+    Groups groups;
+    for (int input = 0; input < jobs.inputs; ++input) {
+      const int begin = jobs.begin(input), size = jobs.end[input] - begin;
+      const int parts = int(smaller<int64_t>(size, larger(wanted, divide_up(size, limit))));
+      for (int part = 0; part < parts; ++part) {
+        const Span span = Span::of(size, parts, part);
+        groups.first[groups.count] = uint8_t(begin + span.first);
+        groups.last[groups.count++] = uint8_t(begin + span.last);
+        groups.most = larger(groups.most, int(span.count()));
+      }
+    }
+    return groups;
+  }
 };
 
 // A plane cut into tiles of `rows` x `columns` pixels of `images` images.
@@ -156,6 +197,10 @@ struct Tile {
     tile.columns = smaller(t.columns, t.width - tile.x);
     return tile;
   }
+  NAS_BOTH int64_t start(const Tiling& t) const {  // its first pixel in the batch
+    return (int64_t(image) * t.height + y) * t.width + x;
+  }
+  NAS_BOTH int pixels() const { return images * rows * columns; }  // inside the plane
 };
 // One pixel of a tile by its number, image by image and row by row.
 struct Pixel {

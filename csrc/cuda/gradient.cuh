@@ -67,6 +67,23 @@ struct GradientMemory {
   }
 };
 
+// The depthwise outputs of one tile of a convolution: to [pixel][channel]. `region` is scratch.
+template <int V, typename T>
+NAS_DEVICE void depthwise_outputs(const Inputs<T>& in, int edge, int convolution, const Tiling& t,
+                                  const Tile& tile, Sum<T>* scratch, Sum<T>* to, int pitch) {
+  const int channels = in.g.channels();
+  const Steps steps = in.steps(edge, convolution);
+  const Region region = steps.region(t);
+  const Sum<T>* taps = in.weights + Taps::of(convolution).at(in.g, edge);
+  for (int first = 0; first < channels; first += t.slab) {
+    const int slab = smaller(t.slab, channels - first);
+    load_input<V>(in, edge, convolution, region, t, tile, first, slab, scratch);
+    __syncthreads();
+    depthwise_tile(region, t, steps, scratch, slab, taps + first, channels, to + first, pitch);
+    __syncthreads();
+  }
+}
+
 // Through the pointwise part.
 template <typename T, int V>
 NAS_KERNEL_ALONE
@@ -111,8 +128,8 @@ NAS_KERNEL_ALONE
       sums.add(memory.depthwise, pitch, memory.gradient, pitch, t.pixels());
     }
     product<T>(memory.gradient, pitch, t.pixels(), channels, channels,
-            [&](int k, int c) { return matrix[c * channels + k]; }, memory.staged, memory.scratch,
-            pitch);
+            [&](int k, int c) { return matrix[c * channels + k]; }, memory.staged,
+            ToShared<A>{memory.scratch, pitch, t.pixels(), channels});
     for (int i = int(threadIdx.x); i < t.pixels() * across; i += kThreads) {
       const int p = i / across, channel = i % across * V;
       const Pixel pixel = Pixel::of(t, tile, p);

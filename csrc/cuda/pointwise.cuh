@@ -102,7 +102,7 @@ NAS_KERNEL_OF(T)
       job.template load_rows<V>(half, start, call.rows, count, in, in_pitch);
       product<T>(in, in_pitch, call.rows, job.inputs, columns,
               [&](int k, int c) { return job.weights[k * job.outputs + first + c]; }, staged,
-              out + job.column(first), out_pitch);
+              ToShared<A>{out + job.column(first), out_pitch, call.rows, columns});
     }
     if (index == span.first) {
       for (int c = int(threadIdx.x); c < job.outputs; c += kThreads) {

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "statistics.cuh"
+#include "patch.cuh"
 
 namespace nas::cuda {
 
@@ -16,94 +16,63 @@ struct Window {  // rows or columns of the input that an output sees
   NAS_BOTH int count() const { return last - first; }
 };
 
-// The pools of the states first_source, first_source + 1, ...
-template <typename T>
-struct Pools {
-  Geometry g;
-  const T *states, *output;
-  int sources, source[kSources];
-  T* to[kSources];             // maximum, then average: two planes
-  uint8_t* largest[kSources];  // where in its window a maximum is, for the backward pass; or null
-  Sum<T>* moments;             // [source][maximum, average], or null
-};
+// Pools of a tile whose input, not rectified, is in shared memory.
+template <typename A>
+struct PoolTile {
+  const Tiling& t;
+  const Tile& tile;
+  Region region;
+  const A* from;
+  int stride, height, width;  // of the input
+  int channels;               // that are in the region
 
-template <typename T, int V>
-NAS_KERNEL_OF(T) pool(const __grid_constant__ Pools<T> call) {
-  using A = Sum<T>;
-  const Geometry& g = call.g;
-  const int s = call.source[blockIdx.y], channels = g.channels(), stride = g.stride(s);
-  const int height = g.state_height(s), width = g.state_width(s);
-  const int out_height = g.node_height(), out_width = g.node_width();
-  const Plane<const T> state = g.state(call.states, call.output, s);
-  T* to = call.to[blockIdx.y];
-  uint8_t* largest = call.largest[blockIdx.y];
-  Arena arena(shared_memory());
-  const Moments<A> sums[2] = {Moments<A>::take(arena, channels, V),
-                              Moments<A>::take(arena, channels, V)};
-  const Share share = Share::of(channels, V);
-  const Span span = Span::of(g.node_pixels(), int(gridDim.x), int(blockIdx.x));
-
-  // One output pixel: maximum, place of the maximum, average.
-  const auto window = [&](int64_t p, int channel, A (&high)[V], uint8_t (&place)[V],
-                          A (&average)[V]) {
-    const int x = int(p % out_width), y = int(p / out_width % out_height);
-    const int64_t image = p / (int64_t(out_width) * out_height);
-    const Window rows = Window::of(y, stride, height), columns = Window::of(x, stride, width);
-    A total[V] = {};
+  // One output of four channels: maximum or average, and where in its window each maximum is.
+  template <bool kAverage>
+  NAS_DEVICE void window(int pixel, int channel, A (&result)[4], uint8_t (&where)[4]) const {
+    const int left = pixel % t.columns, below = pixel / t.columns;
+    const int top = below % t.rows, image = below / t.rows;
+    const int y = (tile.y + top) * stride - 1, x = (tile.x + left) * stride - 1;
+    const Window rows = Window::of(tile.y + top, stride, height);
+    const Window columns = Window::of(tile.x + left, stride, width);
+    const A* corner = from + region.inner(1) + channel +
+                      ((image * region.rows + top * stride) * region.pitch + left * stride) *
+                          region.cell;
+    bool begin = true;
     for (int r = rows.first; r < rows.last; ++r) {
       for (int c = columns.first; c < columns.last; ++c) {
-        A values[V];
-        load<V>(state.pixel((image * height + r) * width + c) + channel, values);
-        const bool begin = r == rows.first && c == columns.first;
-        const auto here = uint8_t((r - (y * stride - 1)) * 3 + c - (x * stride - 1));
-        NAS_UNROLL for (int v = 0; v < V; ++v) {
-          if (begin || exceeds(values[v], high[v])) {
-            high[v] = values[v];
-            place[v] = here;
+        const A* at = corner + ((r - y) * region.pitch + c - x) * region.cell;
+        NAS_UNROLL for (int j = 0; j < 4; ++j) {
+          const A value = channel + j < channels ? at[j] : A(0);
+          if (kAverage) {
+            result[j] += value;
+          } else if (begin || exceeds(value, result[j])) {
+            result[j] = value;
+            where[j] = uint8_t((r - y) * 3 + c - x);
           }
-          total[v] += values[v];
         }
+        begin = false;
       }
     }
+    if (!kAverage) return;
     const A each = A(1) / A(rows.count() * columns.count());
-    NAS_UNROLL for (int v = 0; v < V; ++v) average[v] = total[v] * each;
-  };
+    NAS_UNROLL for (int j = 0; j < 4; ++j) result[j] *= each;
+  }
 
-  for (int part = 0; part < 2; ++part) sums[part].template start<V>(channels);
-  for (int item = int(threadIdx.x); item < share.across; item += kThreads) {
-    A high[V], average[V];
-    uint8_t place[V];
-    window(span.first, item * V, high, place, average);
-    NAS_UNROLL for (int v = 0; v < V; ++v) {
-      sums[0].shift[item * V + v] = high[v];
-      sums[1].shift[item * V + v] = average[v];
-    }
-  }
-  __syncthreads();
-  for (int item = int(threadIdx.x); item < share.items(); item += kThreads) {
-    const int worker = item / share.across, channel = item % share.across * V;
-    for (int64_t p = span.first + worker; p < span.last; p += share.workers) {
-      A high[V], average[V];
-      uint8_t place[V];
-      window(p, channel, high, place, average);
-      const int64_t at = p * channels + channel;
-      store<V>(to + at, high);
-      store<V>(to + g.plane() + at, average);
-      if (largest) {
-        NAS_UNROLL for (int v = 0; v < V; ++v) largest[at + v] = place[v];
+  // Calls put(patch, where) for all of the tile, by all threads together.
+  template <bool kAverage, typename Put>
+  NAS_DEVICE void run(const Put& put) const {
+    const Patches patches = Patches::of(t.pixels(), channels);
+    for (int start = 0; start < patches.count(); start += kWarps) {
+      Patch<A, 4> patch = patches.patch<A>(start + int(threadIdx.x) / 32);
+      uint8_t where[4][4] = {};
+      NAS_UNROLL for (int i = 0; i < 4; ++i) {
+        const int pixel = patch.row + i * patch.step;
+        if (patch.column >= channels || pixel >= t.pixels()) continue;
+        window<kAverage>(pixel, patch.column, patch.at[i], where[i]);
       }
-      if (!call.moments) continue;
-      sums[0].template add<V>(worker, channels, channel, high);
-      sums[1].template add<V>(worker, channels, channel, average);
+      put(patch, where);
     }
   }
-  if (!call.moments) return;
-  __syncthreads();
-  for (int part = 0; part < 2; ++part) {
-    const int64_t job = (int64_t(blockIdx.y) * 2 + part) * gridDim.x + blockIdx.x;
-    sums[part].template finish<V>(channels, A(span.count()),
-                                  call.moments + moments_numbers(int(job), channels));
-  }
-}
+};
 
 }  // namespace nas::cuda

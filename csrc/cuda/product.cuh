@@ -2,20 +2,10 @@
 
 #pragma once
 
+#include "patch.cuh"
 #include "tensor.cuh"
-#include "tile.cuh"
 
 namespace nas::cuda {
-
-// Four numbers of shared memory that lie together.
-template <typename A>
-struct alignas(16) Quad {
-  A value[4];
-};
-template <typename A>
-NAS_DEVICE Quad<A> quad(const A* at) {
-  return *reinterpret_cast<const Quad<A>*>(at);
-}
 
 constexpr int kDepth = 16;  // rows of a matrix that are in shared memory at once
 // Numbers from one of them to the next on tensor cores: a warp reads four at a time, from places
@@ -26,22 +16,22 @@ NAS_BOTH int staged_pitch(int columns) {
 }
 NAS_BOTH int staged_numbers(int columns) { return kDepth * staged_pitch(columns); }
 
-// out[row][column] = sum over k of in[row][k] weight(k, column), for `rows` rows. `in` has zeros in
-// columns `inputs` up to the next multiple of 4; `staged` is staged_numbers(outputs) of scratch. The
-// threads meet before `in` is read and after `out` is written.
-template <typename A, typename Weight>
+// put(patch) gets all of  sum over k of in[row][k] weight(k, column), for `rows` rows; the block's
+// threads call it together. `in` has zeros in columns `inputs` up to the next multiple of 4;
+// `staged` is staged_numbers(outputs) of scratch. The threads meet before `in` is read and at the
+// end.
+template <typename A, typename Weight, typename Put>
 NAS_DEVICE void scalar_product(const A* in, int in_pitch, int rows, int inputs, int outputs,
-                               const Weight& weight, A* staged, A* out, int out_pitch) {
-  const int across = (outputs + 3) / 4, down = (rows + 3) / 4, wide = across * 4;
-  for (int start = 0; start < across * down; start += kThreads) {
-    const int item = start + int(threadIdx.x);
-    const bool mine = item < across * down;
-    const int column = item % across * 4, row = item / across;
+                               const Weight& weight, A* staged, const Put& put) {
+  const Patches patches = Patches::of(rows, outputs);
+  const int wide = round_up(outputs, 4);
+  for (int start = 0; start < patches.count(); start += kWarps) {
+    Patch<A, 4> patch = patches.patch<A>(start + int(threadIdx.x) / 32);
+    const bool mine = patch.column < outputs;
     const A* from[4];
     NAS_UNROLL for (int i = 0; i < 4; ++i) {
-      from[i] = in + smaller(row + i * down, rows - 1) * in_pitch;
+      from[i] = in + smaller(patch.row + i * patch.step, rows - 1) * in_pitch;
     }
-    A sum[4][4] = {};
     for (int first = 0; first < inputs; first += kDepth) {
       const int depth = smaller(kDepth, round_up(inputs - first, 4));
       __syncthreads();
@@ -55,36 +45,49 @@ NAS_DEVICE void scalar_product(const A* in, int in_pitch, int rows, int inputs, 
         Quad<A> left[4];
         NAS_UNROLL for (int i = 0; i < 4; ++i) left[i] = quad(from[i] + first + k);
         NAS_UNROLL for (int part = 0; part < 4; ++part) {
-          const Quad<A> right = quad(staged + (k + part) * wide + column);
+          const Quad<A> right = quad(staged + (k + part) * wide + patch.column);
           NAS_UNROLL for (int i = 0; i < 4; ++i) {
             NAS_UNROLL for (int j = 0; j < 4; ++j) {
-              sum[i][j] += left[i].value[part] * right.value[j];
+              patch.at[i][j] += left[i].value[part] * right.value[j];
             }
           }
         }
       }
     }
-    if (!mine) continue;
-    NAS_UNROLL for (int i = 0; i < 4; ++i) {
-      if (row + i * down >= rows) continue;
-      Quad<A> four;
-      NAS_UNROLL for (int j = 0; j < 4; ++j) four.value[j] = sum[i][j];
-      *reinterpret_cast<Quad<A>*>(out + (row + i * down) * out_pitch + column) = four;
-    }
+    put(patch);
   }
   __syncthreads();
 }
 
-constexpr int kWarps = kThreads / 32;
 constexpr int kStrip = 4;  // tiles of 16 x 8 entries that a warp sums at once
 
+// A lane's entries in two neighbouring tiles are pairs of columns: lanes exchange pairs, so that
+// each has four columns of one tile.
+NAS_DEVICE Patch<float, 2> pair_up(const Entries& even, const Entries& odd, int top, int column,
+                                   int outputs) {
+  const int r = int(threadIdx.x) % 4;
+  const bool second = r % 2;
+  column += second * kColumns + r / 2 * 4;
+  Patch<float, 2> patch{top, 8, smaller(column, outputs), 4, {}};
+  NAS_UNROLL for (int i = 0; i < 2; ++i) {
+    NAS_UNROLL for (int j = 0; j < 2; ++j) {
+      const float own = second ? odd.at[2 * i + j] : even.at[2 * i + j];
+      const float given = second ? even.at[2 * i + j] : odd.at[2 * i + j];
+      const float got = __shfl_xor_sync(0xffffffffu, given, 1);
+      patch.at[i][j] = second ? got : own;
+      patch.at[i][2 + j] = second ? own : got;
+    }
+  }
+  return patch;
+}
+
 // The same on tensor cores.
-template <typename Weight>
+template <typename Weight, typename Put>
 NAS_DEVICE void tensor_product(const float* in, int in_pitch, int rows, int inputs, int outputs,
-                               const Weight& weight, float* staged, float* out, int out_pitch) {
+                               const Weight& weight, float* staged, const Put& put) {
   const int pitch = staged_pitch(outputs);
   const int down = (rows + kRows - 1) / kRows, across = (outputs + kColumns - 1) / kColumns;
-  const int strips = (across + kStrip - 1) / kStrip, last = (outputs + 3) / 4 * 4;
+  const int strips = (across + kStrip - 1) / kStrip;
   const int lane = int(threadIdx.x) % 32, q = lane / 4, r = lane % 4;
   for (int start = 0; start < down * strips; start += kWarps) {
     const int item = start + int(threadIdx.x) / 32;
@@ -117,28 +120,23 @@ NAS_DEVICE void tensor_product(const float* in, int in_pitch, int rows, int inpu
         }
       }
     }
-    if (!mine) continue;
-    NAS_UNROLL for (int n = 0; n < kStrip; ++n) {
-      const int column = (strip + n) * kColumns + 2 * r;
-      NAS_UNROLL for (int i = 0; i < 2; ++i) {
-        const int row = top + 8 * i;
-        if (row >= rows || column >= last) continue;
-        *reinterpret_cast<Pack<float, 2>*>(out + row * out_pitch + column) = {
-            {sum[n].at[2 * i], sum[n].at[2 * i + 1]}};
-      }
+    NAS_UNROLL for (int n = 0; n < kStrip; n += 2) {
+      if (n >= across) continue;  // by none of the warps
+      const int column = mine ? (strip + n) * kColumns : outputs;
+      put(pair_up(sum[n], sum[n + 1], top, column, outputs));
     }
   }
   __syncthreads();
 }
 
 // The one or the other, by how exact images are.
-template <typename T, typename Weight>
+template <typename T, typename Weight, typename Put>
 NAS_DEVICE void product(const Sum<T>* in, int in_pitch, int rows, int inputs, int outputs,
-                        const Weight& weight, Sum<T>* staged, Sum<T>* out, int out_pitch) {
+                        const Weight& weight, Sum<T>* staged, const Put& put) {
   if constexpr (kOnTensorCores<T>) {
-    tensor_product(in, in_pitch, rows, inputs, outputs, weight, staged, out, out_pitch);
+    tensor_product(in, in_pitch, rows, inputs, outputs, weight, staged, put);
   } else {
-    scalar_product(in, in_pitch, rows, inputs, outputs, weight, staged, out, out_pitch);
+    scalar_product(in, in_pitch, rows, inputs, outputs, weight, staged, put);
   }
 }
 

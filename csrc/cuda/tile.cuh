@@ -23,10 +23,11 @@ struct Divider {
   }
 };
 
-// What a tile of a depthwise convolution reads: rows and pitch count pixels, border included. A
-// pixel takes `cell` numbers, which spreads the pixels that a warp reads over the banks.
+// What a tile reads: rows and pitch count pixels, border included. A pixel takes `cell` numbers,
+// which spreads the pixels that a warp reads over the banks.
 struct Region {
   int rows, columns, pitch, cell;
+  int border = 0;  // pixels above and left of the tile
 
   // `rows` x `columns` outputs, of which a thread takes four, `spacing` apart, in each direction.
   NAS_BOTH static Region of(int rows, int columns, int slab, int stride, int spacing, int reach) {
@@ -35,6 +36,17 @@ struct Region {
     return {side(rows), wide, wide | 1, slab < 32 && slab % 4 == 0 ? slab + slab / 4 : slab};
   }
   NAS_BOTH int64_t numbers(int images) const { return int64_t(images) * rows * pitch * cell; }
+  // Where that begins which an operation with less of a border reads.
+  NAS_BOTH int inner(int padding) const { return (border - padding) * (pitch + 1) * cell; }
+  // Holds the other one, too, around the same tile.
+  NAS_BOTH void include(const Region& other) {
+    const int after = larger(rows - border, other.rows - other.border);
+    const int right = larger(columns - border, other.columns - other.border);
+    border = larger(border, other.border);
+    rows = border + after;
+    columns = border + right;
+    pitch = columns | 1;
+  }
 };
 
 // How a depthwise convolution steps over its input, given the geometry of a launch.
@@ -45,17 +57,28 @@ struct Steps {
   NAS_BOTH int reach() const { return (size - 1) * dilation; }
   NAS_BOTH int padding() const { return size / 2 * dilation; }
   NAS_BOTH Region region(const Tiling& t) const {
-    return Region::of(t.rows, t.columns, t.slab, stride, spacing(), reach());
+    Region region = Region::of(t.rows, t.columns, t.slab, stride, spacing(), reach());
+    region.border = padding();
+    return region;
   }
 };
 
 // Numbers from one row of a tile to the next, for rows of `channels`: a multiple of 4, not of 32.
 NAS_BOTH int row_pitch(int channels) { return round_up(channels, 4) + 4; }
 
+// Halves a tile's rows or columns, whichever are more; false where a thread takes all of it.
+inline bool halve(Tiling& t) {
+  int& side = t.rows > kSide && t.rows >= t.columns ? t.rows : t.columns;
+  if (side <= kSide) return false;
+  side = round_up(side / 2, kSide);
+  return true;
+}
+
 // Cuts planes into tiles of about kNumbers numbers that need no more shared memory than there is;
-// `bytes` tells how much a tiling needs.
+// `bytes` tells how much a tiling needs. Where it is short, tiles become smaller: with `whole`
+// before channels are cut into slabs, down to a quarter of the numbers, else after that.
 template <typename Bytes>
-Tiling plan_tiles(int images, int height, int width, int channels, Bytes&& bytes) {
+Tiling plan_tiles(int images, int height, int width, int channels, bool whole, Bytes&& bytes) {
   const int pixels = smaller(larger(kNumbers / channels, 16), 1024);
   int side = kSide;
   while (side * side < pixels) side *= 2;
@@ -69,19 +92,16 @@ Tiling plan_tiles(int images, int height, int width, int channels, Bytes&& bytes
   if (t.rows == height && t.columns == width) {
     t.images = smaller(larger(pixels / (height * width), 1), images);
   }
-  while (bytes(t) > kSharedBytes) {
-    if (t.images > 1) {
-      t.images /= 2;
-    } else if (t.slab > 16) {
-      t.slab = round_up(t.slab / 2, 8);
-    } else if (t.rows > kSide && t.rows >= t.columns) {
-      t.rows = round_up(t.rows / 2, kSide);
-    } else if (t.columns > kSide) {
-      t.columns = round_up(t.columns / 2, kSide);
-    } else {
-      throw std::invalid_argument("the mixed operation has too many channels for a GPU's shared "
-                                  "memory: " + std::to_string(channels));
-    }
+  const auto fits = [&] { return bytes(t) <= kSharedBytes; };
+  while (!fits() && t.images > 1) t.images /= 2;
+  const Tiling wide = t;
+  while (whole && !fits() && t.pixels() * channels > kNumbers / 4 && halve(t)) {}
+  if (!fits()) t = wide;
+  while (!fits() && t.slab > 16) t.slab = round_up(t.slab / 2, 8);
+  while (!fits()) {
+    if (halve(t)) continue;
+    throw std::invalid_argument("the mixed operation has too many channels for a GPU's shared "
+                                "memory: " + std::to_string(channels));
   }
   return t;
 }
@@ -92,7 +112,6 @@ template <int V, typename A, typename Read>
 NAS_DEVICE void load_region(const Region& region, const Tiling& t, int image, int images, int y,
                             int x, int height, int width, int first, int slab, A* to,
                             const Read& read) {
-  constexpr int kWarps = kThreads / 32;
   const int vectors = slab / V, cells = region.columns * vectors;
   const Divider by_vectors(vectors);
   const int lane = int(threadIdx.x) % 32;
@@ -139,6 +158,12 @@ NAS_DEVICE void depthwise_block(const A* from, int row, int column,
   }
 }
 
+// Rectifies what a region holds.
+template <typename A>
+NAS_DEVICE void rectify(A* at, int64_t numbers) {
+  for (int i = int(threadIdx.x); i < numbers; i += kThreads) at[i] = relu(at[i]);
+}
+
 // A depthwise convolution of a region into to [pixel of the tile][channel]. A thread keeps its
 // channel, and so its taps, which start at `weights` and are `apart` from each other.
 template <int kSize, int kStep, typename A, typename P>
@@ -172,12 +197,14 @@ NAS_DEVICE void depthwise_tile(const Region& region, const Tiling& t, const Step
 }
 
 // Every kind of depthwise convolution is one of four in units of its own: under stride 1 a unit is
-// the dilation; under stride 2 outputs are two units apart, or one where the dilation is two.
+// the dilation; under stride 2 outputs are two units apart, or one where the dilation is two. The
+// region's border may be larger than the convolution's.
 template <typename A, typename P>
 NAS_DEVICE void depthwise_tile(const Region& region, const Tiling& t, const Steps& steps,
                                const A* from, int slab, const P* weights, int apart, A* to,
                                int pitch) {
   const bool twice = steps.stride == 2 && steps.dilation == 1;
+  from += region.inner(steps.padding());
   if (steps.size == 3) {
     if (twice) {
       depthwise_tile<3, 2>(region, t, steps, 1, from, slab, weights, apart, to, pitch);

@@ -2,6 +2,9 @@
 
 #include <torch/library.h>
 
+#include <utility>
+
+#include "geometry.h"
 #include "torch_device.h"
 
 namespace nas::cuda {
@@ -14,7 +17,11 @@ struct Emulated : TorchDevice<Emulated> {
   }
 };
 
+// Pretends that a GPU is filled by so many blocks; returns how many it was before.
+int64_t set_blocks(int64_t blocks) { return std::exchange(kBlocks, int(blocks)); }
+
 TORCH_LIBRARY(nas_transfer_emulated, m) {
+  m.def("set_blocks(int blocks) -> int", set_blocks);
   m.def(kForwardSchema);
   m.def(kBackwardSchema);
 }

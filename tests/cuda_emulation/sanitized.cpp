@@ -5,6 +5,7 @@
 #include <random>
 #include <vector>
 
+#include "geometry.h"
 #include "kernels.h"
 
 namespace {
@@ -107,10 +108,14 @@ int main() {
       {3, 5, 6, 5, 6, 3, 5, 3, 1, false, false}, {2, 9, 8, 17, 16, 8, 4, 8, 1, true, true},
       {3, 7, 5, 7, 5, 4, 8, 16, 4, true, false}, {2, 6, 6, 12, 11, 3, 2, 6, 2, false, true},
       {1, 18, 3, 18, 3, 16, 4, 16, 1, false, false}, {1, 2, 3, 2, 3, 4, 4, 132, 1, true, false},
-      {2, 1, 2, 1, 3, 2, 2, 2, 1, false, true},
+      {2, 1, 2, 1, 3, 2, 2, 2, 1, false, true}, {9, 1, 1, 1, 1, 4, 4, 8, 1, true, false},
+      {7, 5, 3, 5, 3, 4, 4, 16, 1, false, false},
   };
+  // as on a large GPU, and with blocks that take all jobs of an input, of one tile or of several
+  const int blocks[] = {nas::cuda::kBlocks, 12, 3};
   int calls = 0;
   for (const CellShape& shape : shapes) {
+    nas::cuda::kBlocks = blocks[calls % 3];
     run_both<float>(shape, calls % 2 == 0, calls % 3 == 2 ? 0.3 : 1.0, calls % 4 != 3);
     run_both<nas::cuda::Tf32>(shape, calls % 2 == 0, calls % 3 == 2 ? 0.3 : 1.0, calls % 4 != 3);
     ++calls;

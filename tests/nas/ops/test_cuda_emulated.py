@@ -82,6 +82,45 @@ def test_cuda_tiles(plan: CellPlan, images: int, size: tuple[int, int], training
     compare(draw_call(plan, images, size, training=training, edges=plan.partial > 1))
 
 
+# Of a state's convolutions and pools, and of its tiles: groups of some for a tile each, a group of
+# all for a tile each, and a group of all for many tiles; 528 gives each its own block.
+few_blocks = pytest.mark.parametrize("blocks", [40, 6, 1])
+
+
+@few_blocks
+@pytest.mark.parametrize(
+    ("plan", "images", "size"),
+    [
+        (PARTIAL, 5, (7, 9)),  # stride 2, odd sizes
+        (WIDE, 3, (13, 11)),
+        (replace(WIDE, reduction=False), 2, (17, 9)),
+        (FULL, 23, (4, 3)),  # more images than a tile has
+        (WIDE, 40, (1, 1)),
+        (CellPlan(4, 4, 52, 1, True, False), 2, (7, 5)),  # a slab of channels at a time
+    ],
+    ids=["stride", "wide", "tiles", "images", "pixels", "slabs"],
+)
+def test_cuda_blocks_that_do_more_of_the_work(
+    blocks: int, plan: CellPlan, images: int, size: tuple[int, int]
+) -> None:
+    call = draw_call(plan, images, size, edges=plan.partial > 1)
+    with emulated_cells.filled_by(blocks):
+        compare(call)
+        compare_tf32(call)
+
+
+@few_blocks
+@pytest.mark.parametrize("operations", [(1,), (2,), (1, 2), (3,), (4,), (5,), (6,), (7,), (2, 7)])
+def test_cuda_operations_alone(blocks: int, operations: tuple[int, ...]) -> None:
+    """A tile's border is then that of what is left."""
+    for plan in (WIDE_PARTIAL, PARTIAL):
+        call = draw_call(plan, 5, (5, 7), edges=True, choice="nothing")
+        active = call.active.clone()  # type: ignore[union-attr]
+        active[:, operations] = True
+        with emulated_cells.filled_by(blocks):
+            compare(replace(call, active=active, operations=active.double()))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1)])
 @plans
 def test_cuda_smallest_images(plan: CellPlan, size: tuple[int, int]) -> None:
@@ -299,11 +338,13 @@ def test_cuda_half_precision_stays_within_its_rounding(
         assert error <= (tolerance if name == "output" else 10 * tolerance), (name, error)
 
 
-def test_cuda_bits_repeat() -> None:
+@pytest.mark.parametrize("blocks", [528, 6])
+def test_cuda_bits_repeat(blocks: int) -> None:
     for plan in PLANS.values():
         call = draw_call(plan, 5, (9, 8), edges=True).to(torch.float32)
-        first = run(emulated_cells.mixed_cell, call)
-        assert same_bits(run(emulated_cells.mixed_cell, call), first)
+        with emulated_cells.filled_by(blocks):
+            first = run(emulated_cells.mixed_cell, call)
+            assert same_bits(run(emulated_cells.mixed_cell, call), first)
 
 
 # ---- arguments ----
