@@ -39,7 +39,7 @@ struct Cpu {
   template <typename F>
   static void dispatch(at::ScalarType type, F&& f) {
     if (type == at::kBFloat16) return f(bfloat16(), float());
-    AT_DISPATCH_FLOATING_TYPES(type, "mixed_cell", [&] { f(scalar_t(), scalar_t()); });
+    AT_DISPATCH_FLOATING_TYPES(type, "mixed_cells", [&] { f(scalar_t(), scalar_t()); });
   }
   static int64_t kept_numbers(const CellShape& shape) { return kernels().kept_numbers(shape); }
   // A tensor in memory that is used again: it goes back to its pool with the tensor. Fresh pages,
@@ -69,8 +69,8 @@ TORCH_LIBRARY(nas_transfer, m) {
 }
 
 TORCH_LIBRARY_IMPL(nas_transfer, CPU, m) {
-  m.impl("mixed_cell", mixed_cell<Cpu>);
-  m.impl("mixed_cell_backward", mixed_cell_backward<Cpu>);
+  m.impl("mixed_cells", mixed_cells<Cpu>);
+  m.impl("mixed_cells_backward", mixed_cells_backward<Cpu>);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/cuda, run on the host by tests/cuda_emulation, as a twin of the cell.
+"""The CUDA kernels of csrc/cuda, run on the host by tests/cuda_emulation, as a twin of the cells.
 
 They are compiled into build/, again where a source has changed. ``python tests/emulated_cells.py``
 runs them under the address and the thread sanitizer (make sanitize).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def run_sanitized(sanitizer: str) -> str:
 
 def load() -> None:
     """Compile what has changed and register ``torch.ops.nas_transfer_emulated``."""
-    if not hasattr(torch.ops.nas_transfer_emulated, "mixed_cell"):
+    if not hasattr(torch.ops.nas_transfer_emulated, "mixed_cells"):
         torch.ops.load_library(str(build(ROOT / "build" / "emulation")))
 
 
@@ -109,25 +109,25 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-class _Cell(torch.autograd.Function):
+class _Cells(torch.autograd.Function):
     """The operator, with the gradients that nas/ops/native.py registers for the native one."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         with poisoned():
-            outputs: tuple[Tensor, ...] = torch.ops.nas_transfer_emulated.mixed_cell(*inputs)
+            outputs: tuple[Tensor, ...] = torch.ops.nas_transfer_emulated.mixed_cells(*inputs)
         native._setup_context(ctx, inputs, outputs)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        operator = torch.ops.nas_transfer_emulated.mixed_cell_backward
+        operator = torch.ops.nas_transfer_emulated.mixed_cells_backward
         with poisoned():
             return native._backward(ctx, *gradients, operator=operator)
 
 
-def mixed_cell(
-    plan: CellPlan,
+def mixed_cells(
+    plans: Sequence[CellPlan],
     before_previous: Tensor,
     previous: Tensor,
     weights: Tensor,
@@ -136,10 +136,10 @@ def mixed_cell(
     edges: Tensor | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
-    """Twin of :func:`nas.ops.mixed.mixed_cell`."""
+    """Twin of :func:`nas.ops.mixed.mixed_cells`."""
     return native.call_operator(
-        _Cell.apply,
-        *(plan, before_previous, previous, weights, statistics, operations, edges, active),
+        _Cells.apply,
+        *(plans, before_previous, previous, weights, statistics, operations, edges, active),
     )
 
 

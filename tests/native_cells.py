@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nas.ops import native
-from nas.ops.backend import MixedCell
+from nas.ops.backend import MixedCells
 from nas.ops.mixed import EDGES, NODES, OPERATIONS, CellPlan, Statistics
 from nas.randomness import generator
 
-INPUTS = ("before", "previous", "weights", "operations", "edges")
+MIXING = ("operations", "edges")
+INPUTS = ("before", "previous", "weights", *MIXING)
 TOLERANCE = 1e-10  # relative to the largest entry of a tensor, in double precision
 # Least scale of a comparison. The gradients that come in are of size 1: where all of a tensor is
 # smaller than this, large numbers have cancelled (a normalisation forgets the scale of its input).
@@ -147,7 +148,7 @@ def calls(draw: st.DrawFn) -> Call:
 
 
 def run(
-    twin: MixedCell, call: Call, *, update: bool = True, needed: Iterable[str] = INPUTS
+    twin: MixedCells, call: Call, *, update: bool = True, needed: Iterable[str] = INPUTS
 ) -> dict[str, Tensor]:
     """What the call gives, the running statistics after it, and a gradient for each of ``needed``.
 
@@ -161,15 +162,17 @@ def run(
         for name in INPUTS
     }
     statistics = Statistics(call.mean.clone(), call.variance.clone(), call.training, update)
+    alone = {
+        name: None if value is None else value.unsqueeze(0)
+        for name, value in (*((x, leaves[x]) for x in MIXING), ("active", call.active))
+    }
     output = twin(
-        call.plan,
+        [call.plan],
         leaves["before"],
         leaves["previous"],
         leaves["weights"],
         statistics,
-        leaves["operations"],
-        leaves["edges"],
-        call.active,
+        *alone.values(),
     )
     values = [leaves[name] for name in needed]
     gradients = (
@@ -230,7 +233,7 @@ class Recorder(TorchDispatchMode):
 def recorded(call: Call, needed: Iterable[str] = INPUTS) -> list[tuple[Any, dict[str, Any]]]:
     """The operator calls, forward and backward, behind a call of the native cell."""
     with Recorder() as recorder:
-        run(native.mixed_cell, call, needed=needed)
+        run(native.mixed_cells, call, needed=needed)
     return [
         (operator, {name: _detached(value) for name, value in arguments.items()})
         for operator, arguments in recorder.calls

@@ -273,6 +273,7 @@ class Preprocess {
                      int64_t thread) {
     const auto& g = geometry_;
     S* wanted = which ? call.previous_gradient : call.before_gradient;
+    const bool begun = which && call.previous_begun;
     if (!wanted && !call.weights_gradient) return;
     for_parts(which, [&](const Part& part, const Own& own) {
       const int64_t size = part.out.groups * part.in;
@@ -285,7 +286,7 @@ class Preprocess {
     if (shape_.partial == 1 && !any_alive(call.live, which)) {
       const S* end = input(call.before, call.previous, which, g.last_image(chunk));
       const S* begin = input(call.before, call.previous, which, g.first_image(chunk));
-      if (wanted) std::fill(wanted + (begin - images), wanted + (end - images), S{});
+      if (wanted && !begun) std::fill(wanted + (begin - images), wanted + (end - images), S{});
       return;
     }
     for (int64_t n = g.first_image(chunk); n < g.last_image(chunk); ++n) {
@@ -306,7 +307,7 @@ class Preprocess {
                                  part.out.channels};
           Vec<T>* row = reinterpret_cast<Vec<T>*>(strip);
           product_row(from, own.transposed, part.in_groups(), row, kStrip, count);
-          store_back(image, part, p, count, row, to);
+          store_back(image, part, p, count, row, to, begun);
         });
       }
     }
@@ -328,14 +329,17 @@ class Preprocess {
     }
   }
 
-  // Masks a strip of the input's gradient by its ReLU and puts it where it belongs.
+  // Masks a strip of the input's gradient by its ReLU and puts it where it belongs, or adds it to
+  // what is there.
   void store_back(const S* image, const Part& part, int64_t p, int64_t count, const Vec<T>* row,
-                  S* to) const {
+                  S* to, bool begun) const {
     const auto store = [&](int64_t pixel, int64_t i) {
       for (int64_t c = 0; c < part.in; c += kLanes) {
-        const Vec<T> x = load_channels(image + pixel * part.in + c, part.in - c);
-        store_channels(relu_gradient(row[c / kLanes * kStrip + i], x), to + pixel * part.in + c,
-                       part.in - c);
+        const int64_t at = pixel * part.in + c, lanes = part.in - c;
+        Vec<T> gradient =
+            relu_gradient(row[c / kLanes * kStrip + i], load_channels(image + at, lanes));
+        if (begun) gradient += load_channels(to + at, lanes);
+        store_channels(gradient, to + at, lanes);
       }
     };
     if (!part.halved) {

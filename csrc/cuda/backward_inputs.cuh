@@ -107,6 +107,7 @@ class InputsBack {
     work.plane[0] = call_.states + which * numbers();
     work.coefficients[0] = memory_.input_coefficients + which * 3 * channels();
     work.write[0] = gradient;
+    work.begun = which && call_.previous_begun;
     work.add[0] = nullptr;
     work.matrices = call_.weights_gradient ? memory_.preprocess[which] : nullptr;
     if (gradient && work.job[0].halves == 2) {  // pixels that neither half sees

@@ -213,6 +213,7 @@ struct PointwiseBack {
   const Sum<T>* coefficients[kPointwiseJobs];
   T* write[kPointwiseJobs];                   // the input's gradient is written here,
   Sum<T>* add[kPointwiseJobs];                // or added here [pixel][inputs], or neither
+  bool begun = false;                         // what is written to holds a part already
   Sum<T>* matrices;                           // [job][chunk][...], or null
   int64_t matrices_at[kPointwiseJobs];
   int count = 0, rows;
@@ -281,11 +282,13 @@ NAS_KERNEL_OF(T)
           const int row = i / job.inputs, c = i % job.inputs;
           const int64_t pixel = job.source(half, start + row);
           if (pixel < 0) continue;
-          const A value = relu_gradient(back[row * in_pitch + c], in[row * in_pitch + c]);
+          const int64_t at = pixel * job.inputs + c;
+          A value = relu_gradient(back[row * in_pitch + c], in[row * in_pitch + c]);
           if (call.write[number]) {
-            store(call.write[number] + pixel * job.inputs + c, value);
+            if (call.begun) value += load(call.write[number] + at);
+            store(call.write[number] + at, value);
           } else {
-            call.add[number][pixel * job.inputs + c] += value;
+            call.add[number][at] += value;
           }
         }
       }

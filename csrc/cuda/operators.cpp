@@ -18,8 +18,8 @@ struct Gpu : TorchDevice<Gpu> {
 };
 
 TORCH_LIBRARY_IMPL(nas_transfer, CUDA, m) {
-  m.impl("mixed_cell", mixed_cell<Gpu>);
-  m.impl("mixed_cell_backward", mixed_cell_backward<Gpu>);
+  m.impl("mixed_cells", mixed_cells<Gpu>);
+  m.impl("mixed_cells_backward", mixed_cells_backward<Gpu>);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
-"""Which twin of the mixed cell computes: native kernels where they can be had, else eager."""
+"""Which twin of the mixed cells computes: native kernels where they can be had, else eager."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,12 +17,12 @@ AUTO, NATIVE, EAGER = BACKENDS = ("auto", "native", "eager")
 FLOAT32, BFLOAT16 = STORAGES = ("float32", "bfloat16")  # what images lie in between the cells
 
 
-class MixedCell(Protocol):
-    """What both twins are called like; see :func:`nas.ops.mixed.mixed_cell`."""
+class MixedCells(Protocol):
+    """What both twins are called like; see :func:`nas.ops.mixed.mixed_cells`."""
 
     def __call__(
         self,
-        plan: CellPlan,
+        plans: Sequence[CellPlan],
         before_previous: Tensor,
         previous: Tensor,
         weights: Tensor,
@@ -47,11 +47,11 @@ class Backend:
     reason: str
     devices: tuple[str, ...] = ("cpu",)
 
-    def mixed_cell(self, device: torch.device) -> MixedCell:
-        """The cell for tensors on ``device``; eager where no kernel is."""
+    def mixed_cells(self, device: torch.device) -> MixedCells:
+        """The cells for tensors on ``device``; eager where no kernel is."""
         if self.name == NATIVE and device.type in self.devices:
-            return native.mixed_cell
-        return mixed.mixed_cell
+            return native.mixed_cells
+        return mixed.mixed_cells
 
 
 def choose(

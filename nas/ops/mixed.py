@@ -8,7 +8,7 @@ arXiv 1907.05737).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -281,7 +281,7 @@ def mixed_cell(
     edges: Tensor | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
-    """One cell of the supernet. :func:`nas.ops.native.mixed_cell` is its twin.
+    """One cell of the supernet.
 
     Args:
         before_previous, previous: the outputs of the two cells before, [N, C', H', W'], of the
@@ -336,6 +336,43 @@ def mixed_cell(
                 bypass = rest if bypass is None else bypass + rest
         states.append(store(_join(plan, states, total, bypass)))
     return torch.cat(states[2:], 1).to(previous.dtype)
+
+
+def mixed_cells(
+    plans: Sequence[CellPlan],
+    before_previous: Tensor,
+    previous: Tensor,
+    weights: Tensor,
+    statistics: Statistics,
+    operations: Tensor,
+    edges: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """A chain of cells, each on the outputs of the two before it.
+
+    :func:`nas.ops.native.mixed_cells` is its twin. Arguments are those of :func:`mixed_cell`, for
+    all cells: ``weights`` and ``statistics`` one after the other, ``operations`` [cells, 14, 8],
+    ``edges`` [cells, 14], ``active`` [cells, 14, 8].
+
+    Returns:
+        The last cell's output, [N, 4 C, H, W].
+    """
+    sizes = [plan.statistics.size for plan in plans]
+    pieces = zip(
+        plans,
+        weights.split([plan.weights.size for plan in plans]),
+        statistics.mean.split(sizes),
+        statistics.variance.split(sizes),
+        operations.unbind(),
+        [None] * len(plans) if edges is None else edges.unbind(),
+        [None] * len(plans) if active is None else active.unbind(),
+        strict=True,
+    )
+    for plan, own, mean, variance, mix, weighting, live in pieces:
+        running = Statistics(mean, variance, statistics.training, statistics.update)
+        output = mixed_cell(plan, before_previous, previous, own, running, mix, weighting, live)
+        before_previous, previous = previous, output
+    return previous
 
 
 def _join(

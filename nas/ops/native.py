@@ -1,13 +1,13 @@
-"""The supernet's cell in C++ (csrc/): one call a cell and direction.
+"""The supernet's cells in C++ (csrc/): one call for all of them and direction.
 
-:func:`mixed_cell` has the signature and the numbers of its eager twin in :mod:`nas.ops.mixed`. It
-keeps states, statistics and convolutions of a cell for the backward pass, computes the rest again
-and pays for no gradient that nobody asks for.
+:func:`mixed_cells` has the signature and the numbers of its eager twin in :mod:`nas.ops.mixed`. It
+keeps states, statistics, convolutions and outputs of the cells for the backward pass, computes the
+rest again and pays for no gradient that nobody asks for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,11 +18,11 @@ from nas.errors import NativeError
 from nas.ops.mixed import EDGES, NODES, REDUCING, CellPlan, Statistics
 
 MOMENTUM = 0.1  # of the running statistics, torch's default
-SIZES = ("channels", "partial", "reduction", "previous_reduction")
+LINE = 64  # numbers; each part of what a cell keeps begins on such a boundary (csrc/chain.h)
 
 
-def mixed_cell(
-    plan: CellPlan,
+def mixed_cells(
+    plans: Sequence[CellPlan],
     before_previous: Tensor,
     previous: Tensor,
     weights: Tensor,
@@ -31,16 +31,16 @@ def mixed_cell(
     edges: Tensor | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
-    """One cell of the supernet; see :func:`nas.ops.mixed.mixed_cell`."""
-    operator = torch.ops.nas_transfer.mixed_cell
+    """A chain of cells of the supernet; see :func:`nas.ops.mixed.mixed_cells`."""
+    operator = torch.ops.nas_transfer.mixed_cells
     return call_operator(
-        operator, plan, before_previous, previous, weights, statistics, operations, edges, active
+        operator, plans, before_previous, previous, weights, statistics, operations, edges, active
     )
 
 
 def call_operator(
     operator: Callable[..., tuple[Tensor, ...]],
-    plan: CellPlan,
+    plans: Sequence[CellPlan],
     before_previous: Tensor,
     previous: Tensor,
     weights: Tensor,
@@ -49,7 +49,7 @@ def call_operator(
     edges: Tensor | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
-    """:func:`mixed_cell` by any operator with its schema."""
+    """:func:`mixed_cells` by any operator with its schema."""
     channels_last = torch.channels_last
     device = weights.device.type
     if device != "cpu" and torch.is_autocast_enabled(device):  # the parameters stay as they are
@@ -59,22 +59,25 @@ def call_operator(
         x is not None and x.requires_grad
         for x in (before_previous, previous, weights, operations, edges)
     )
-    output, _, mean, _, variance, _ = operator(
+    output, mean, _, variance, _ = operator(
         before_previous.contiguous(memory_format=channels_last),
         previous.contiguous(memory_format=channels_last),
         weights,
         statistics.mean,
         statistics.variance,
-        operations if edges is None else operations * edges.unsqueeze(1),
-        operations.new_ones(len(EDGES)) if edges is None else edges,
+        operations if edges is None else operations * edges.unsqueeze(-1),
+        operations.new_ones(operations.shape[:-1]) if edges is None else edges,
         active,
-        *(getattr(plan, size) for size in SIZES),
+        [plan.channels for plan in plans],
+        [plan.reduction for plan in plans],
+        plans[0].partial,
+        plans[0].previous_reduction,
         statistics.training,
         keep,
     )
     if statistics.training and statistics.update:
-        # .data, since cells share one vector of statistics and the stem's backward pass, which does
-        # not read it, checks that nobody has written to it since
+        # .data, since the cells share their vector of statistics with the stem, whose backward
+        # pass, which does not read it, checks that nobody has written to it since
         statistics.mean.data.lerp_(mean, MOMENTUM)
         statistics.variance.data.lerp_(variance, MOMENTUM)
     return output
@@ -83,12 +86,13 @@ def call_operator(
 @cache
 def register() -> None:
     """Tell PyTorch the shapes and the gradients of the operators, once the library is loaded."""
-    torch.library.register_fake("nas_transfer::mixed_cell", _shapes)
-    torch.library.register_fake("nas_transfer::mixed_cell_backward", _gradient_shapes)
-    torch.library.register_autograd(
-        "nas_transfer::mixed_cell", _backward, setup_context=_setup_context
-    )
-    torch.library.register_autograd("nas_transfer::mixed_cell_backward", _refuse)
+    for name, shapes, backward, context in (
+        ("mixed_cells", _shapes, _backward, _setup_context),
+        ("mixed_cells_backward", _gradient_shapes, _refuse, None),
+    ):
+        operator = f"nas_transfer::{name}"
+        torch.library.register_fake(operator, shapes)
+        torch.library.register_autograd(operator, backward, setup_context=context)
 
 
 def _shapes(
@@ -100,29 +104,37 @@ def _shapes(
     operations: Tensor,
     bypass: Tensor,
     active: Tensor | None,
-    channels: int,
+    channels: Sequence[int],
+    reduction: Sequence[bool],
     partial: int,
-    reduction: bool,
     previous_reduction: bool,
     training: bool,
     keep: bool,
 ) -> tuple[Tensor, ...]:
     images, _, height, width = previous.shape
-    nodes = [(size + 1) // 2 if reduction else size for size in (height, width)]
-    output = previous.new_empty(images, NODES * channels, *nodes)
     lanes = 1 if previous.device.type == "cuda" else 16
-    pixels = images * nodes[0] * nodes[1]
-    kept = _kept_numbers(pixels, images, channels // partial, reduction, lanes)
+    kept = 0
+    for cell, halve in zip(channels, reduction, strict=True):
+        states = 2 * images * height * width * cell
+        height, width = ((size + 1) // 2 if halve else size for size in (height, width))
+        output = images * height * width * NODES * cell
+        parts = [states, _convolutions(images, height * width, cell // partial, halve, lanes)]
+        kept += sum(_whole_lines(part) for part in (*parts, output))
+    kept -= _whole_lines(output)  # the last one is the result
+    result = previous.new_empty(images, NODES * channels[-1], height, width)
     return (
-        output.to(memory_format=torch.channels_last),
-        previous.new_empty(2, images, height, width, channels),
+        result.to(memory_format=torch.channels_last),
         *(torch.empty_like(running_mean) for _ in range(3)),
         previous.new_empty(kept if keep else 0),
     )
 
 
-def _kept_numbers(pixels: int, images: int, channels: int, reduction: bool, lanes: int) -> int:
-    """Size of what a forward pass keeps (csrc/cpu/edge.h, Kept): planes of all convolutions.
+def _whole_lines(numbers: int) -> int:
+    return -(-numbers // LINE) * LINE
+
+
+def _convolutions(images: int, pixels: int, channels: int, reduction: bool, lanes: int) -> int:
+    """Numbers of the convolutions that a cell keeps (csrc/cpu/edge.h, Kept).
 
     ``lanes`` channels of an image lie together, or with fewer channels, those of several images
     (csrc/cpu/layout.h, Layout). A GPU has no such lanes, 1, and does not keep the second ones of
@@ -131,9 +143,9 @@ def _kept_numbers(pixels: int, images: int, channels: int, reduction: bool, lane
     each = 4 if lanes == 1 else 6
     convolutions = each * len(EDGES) + (len(REDUCING) if reduction else 0)
     if channels >= lanes:
-        return convolutions * pixels * lanes * -(-channels // lanes)
+        return convolutions * images * pixels * lanes * -(-channels // lanes)
     together = lanes // (1 << (channels - 1).bit_length())
-    return convolutions * pixels // images * lanes * -(-images // together)
+    return convolutions * pixels * lanes * -(-images // together)
 
 
 def _gradient_shapes(
@@ -156,11 +168,11 @@ def _gradient_shapes(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     before, previous, weights, _, _, operations, bypass, active, *sizes, _ = inputs
-    nodes, states, mean, deviation, variance, kept = output
-    ctx.mark_non_differentiable(states, mean, deviation, variance, kept)
+    result, mean, deviation, variance, kept = output
+    ctx.mark_non_differentiable(mean, deviation, variance, kept)
     ctx.set_materialize_grads(False)  # or it would fill as many zeros as were kept
     ctx.save_for_backward(
-        before, previous, weights, operations, bypass, active, nodes, states, mean, deviation, kept
+        before, previous, weights, operations, bypass, active, result, mean, deviation, kept
     )
     ctx.sizes = sizes
 
@@ -171,8 +183,8 @@ def _backward(
     *unused: Tensor | None,
     operator: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    operator = operator or torch.ops.nas_transfer.mixed_cell_backward
-    if gradient is None:  # nothing that is differentiated looks at the cell's output
+    operator = operator or torch.ops.nas_transfer.mixed_cells_backward
+    if gradient is None:  # nothing that is differentiated looks at the output
         return (None,) * 14
     need_before, need_previous, need_weights, _, _, need_operations, need_bypass = (
         ctx.needs_input_grad[:7]

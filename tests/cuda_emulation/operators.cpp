@@ -26,8 +26,8 @@ TORCH_LIBRARY(nas_transfer_emulated, m) {
   m.def(kBackwardSchema);
 }
 TORCH_LIBRARY_IMPL(nas_transfer_emulated, CPU, m) {
-  m.impl("mixed_cell", mixed_cell<Emulated>);
-  m.impl("mixed_cell_backward", mixed_cell_backward<Emulated>);
+  m.impl("mixed_cells", mixed_cells<Emulated>);
+  m.impl("mixed_cells_backward", mixed_cells_backward<Emulated>);
 }
 
 }  // namespace

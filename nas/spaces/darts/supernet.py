@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -256,10 +256,9 @@ class Supernet(nn.Module):
         ``weights`` puts another vector in the place of the supernet's own (the unrolled twin of
         second-order DARTS); ``update_statistics=False`` then leaves the running statistics.
         """
-        flat = self.weights if weights is None else weights
-        *trunk, classifier = (piece for _, _, piece in self._pieces(flat))
+        stem, cells, classifier = self._split(self.weights if weights is None else weights)
         head = self.classifier.unpack(classifier)
-        pooled = self._pooled(images, mixing, trunk, update_statistics)
+        pooled = self._pooled(images, mixing, stem, cells, update_statistics)
         return pooled @ head["matrix"] + head["bias"]
 
     def features(self, images: Tensor, mixing: Mixing) -> Tensor:
@@ -267,31 +266,31 @@ class Supernet(nn.Module):
 
         Running statistics stay as they are.
         """
-        *trunk, _ = (piece for _, _, piece in self._pieces(self.weights))
-        return self._pooled(images, mixing, trunk, update_statistics=False)
+        stem, cells, _ = self._split(self.weights)
+        return self._pooled(images, mixing, stem, cells, update=False)
 
     def _pooled(
-        self, images: Tensor, mixing: Mixing, trunk: Sequence[Tensor], update_statistics: bool
+        self, images: Tensor, mixing: Mixing, stem: Tensor, cells: Tensor, update: bool
     ) -> Tensor:
-        stem, *cells = trunk
-        statistics = self._statistics(update_statistics)
-        active = mixing.live()
-        mixed_cell = self.backend.mixed_cell(images.device)
-        before = previous = self._stored(self._stem(images, stem, statistics[0]))
-        for plan, cell, running in zip(self.plans, cells, statistics[1:], strict=True):
-            kind = REDUCE if plan.reduction else NORMAL
-            output = mixed_cell(
-                plan,
-                before,
-                previous,
-                cell,
-                running,
-                mixing.operations[kind],
-                None if mixing.edges is None else mixing.edges[kind],
-                None if active is None else active[kind],
-            )
-            before, previous = previous, output
-        return previous.to(self.weights.dtype).mean((2, 3))
+        of_stem, of_cells = self._statistics(update)
+        x = self._stored(self._stem(images, stem, of_stem))
+        mixed_cells = self.backend.mixed_cells(images.device)
+        output = mixed_cells(
+            self.plans,
+            x,
+            x,
+            cells,
+            of_cells,
+            self._of_cells(mixing.operations),
+            None if mixing.edges is None else self._of_cells(mixing.edges),
+            None if (active := mixing.live()) is None else self._of_cells(active),
+        )
+        return output.to(self.weights.dtype).mean((2, 3))
+
+    def _of_cells(self, of_kinds: Tensor) -> Tensor:
+        """[2, ...] of normal and reduction cells as [cells, ...]."""
+        kinds = of_kinds.unbind()
+        return torch.stack([kinds[REDUCE if plan.reduction else NORMAL] for plan in self.plans])
 
     def _stored(self, x: Tensor) -> Tensor:
         """``x`` as it goes to the cells.
@@ -328,13 +327,19 @@ class Supernet(nn.Module):
             (name, packing, piece) for (name, packing), piece in zip(packings, pieces, strict=True)
         ]
 
-    def _statistics(self, update: bool) -> list[Statistics]:
-        sizes = [packing.size for packing in self._statistics_packings()]
-        means, variances = self.running_mean.split(sizes), self.running_variance.split(sizes)
-        return [
+    def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """The weights of the stem, of all cells and of the classifier."""
+        ends = self.stem.size, self.classifier.size
+        return flat.split([ends[0], flat.numel() - sum(ends), ends[1]])
+
+    def _statistics(self, update: bool) -> tuple[Statistics, ...]:
+        """Of the stem and of all cells."""
+        ends = [self.stem_statistics.size, self.running_mean.numel() - self.stem_statistics.size]
+        means, variances = self.running_mean.split(ends), self.running_variance.split(ends)
+        return tuple(
             Statistics(mean, variance, self.training, update)
             for mean, variance in zip(means, variances, strict=True)
-        ]
+        )
 
     def _initial_weights(self, draw: torch.Generator) -> Tensor:
         """PyTorch's default initialisation: uniform within 1 / sqrt(fan-in)."""

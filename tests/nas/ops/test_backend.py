@@ -26,7 +26,7 @@ def test_eager_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "load", lambda say=print: pytest.fail("nothing is to be loaded"))
     backend = choose("eager")
     assert backend == Backend("eager", "as asked for")
-    assert backend.mixed_cell(CPU) is mixed.mixed_cell
+    assert backend.mixed_cells(CPU) is mixed.mixed_cells
 
 
 @pytest.mark.usefixtures("native")
@@ -37,7 +37,7 @@ def test_native_where_it_can_be_had(wanted: str) -> None:
     module = build.load().module
     assert module is not None
     assert backend.reason.startswith(module.build_info()["instruction_set"])
-    assert backend.mixed_cell(CPU) is native.mixed_cell
+    assert backend.mixed_cells(CPU) is native.mixed_cells
 
 
 @pytest.mark.usefixtures("missing")
@@ -65,7 +65,7 @@ def test_devices_without_kernels_are_eager(monkeypatch: pytest.MonkeyPatch) -> N
     assert backend.reason == "there are no native kernels for cuda in this build (no GPU here)"
     with pytest.raises(ConfigurationError, match="no native kernels for cuda in this build"):
         choose("native", CUDA)
-    assert choose("native", CPU).mixed_cell(CUDA) is mixed.mixed_cell
+    assert choose("native", CPU).mixed_cells(CUDA) is mixed.mixed_cells
 
 
 def test_a_gpu_is_native_where_its_kernels_were_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def test_a_gpu_is_native_where_its_kernels_were_built(monkeypatch: pytest.Monkey
     for device in (CPU, CUDA):
         backend = choose("auto", device)
         assert backend.name == "native"
-        assert backend.mixed_cell(CPU) is backend.mixed_cell(CUDA) is native.mixed_cell
+        assert backend.mixed_cells(CPU) is backend.mixed_cells(CUDA) is native.mixed_cells
 
 
 def test_unknown_backend_suggests_the_nearest() -> None:

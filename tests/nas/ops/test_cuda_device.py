@@ -52,7 +52,7 @@ def on_gpu(call: Call, device: torch.device = GPU) -> Call:
 def run_on_gpu(call: Call) -> dict[str, Tensor]:
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
     try:
-        return {name: x.cpu() for name, x in run(native.mixed_cell, on_gpu(call)).items()}
+        return {name: x.cpu() for name, x in run(native.mixed_cells, on_gpu(call)).items()}
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -60,14 +60,14 @@ def run_on_gpu(call: Call) -> dict[str, Tensor]:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(call=calls())
 def test_device_equals_eager_for_any_shape(call: Call) -> None:
-    assert_close(run_on_gpu(call), run(mixed.mixed_cell, call))
+    assert_close(run_on_gpu(call), run(mixed.mixed_cells, call))
 
 
 @plans
 @pytest.mark.parametrize("training", [True, False])
 def test_device_equals_eager(plan: CellPlan, training: bool) -> None:
     call = draw_call(plan, 8, (32, 32), training=training, edges=plan.partial > 1)
-    assert_close(run_on_gpu(call), run(mixed.mixed_cell, call))
+    assert_close(run_on_gpu(call), run(mixed.mixed_cells, call))
 
 
 @plans
@@ -80,7 +80,7 @@ def test_device_narrow_numbers(plan: CellPlan, dtype: torch.dtype, tolerance: fl
     call = draw_call(plan, 8, (16, 16), edges=plan.partial > 1).to(torch.float32)
     images = {name: getattr(call, name).to(dtype) for name in ("before", "previous", "gradient")}
     call = replace(call, **images)
-    ours, exact = run_on_gpu(call), run(mixed.mixed_cell, call.to(torch.float64))
+    ours, exact = run_on_gpu(call), run(mixed.mixed_cells, call.to(torch.float64))
     assert error(ours["output"].double(), exact["output"]) <= tolerance
     for name in INPUTS:
         if name in exact:
@@ -98,7 +98,7 @@ def test_device_tensor_cores(plan: CellPlan) -> None:
         ours = run_on_gpu(call)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    exact = run(mixed.mixed_cell, call.to(torch.float64))
+    exact = run(mixed.mixed_cells, call.to(torch.float64))
     assert error(ours["output"].double(), exact["output"]) <= 0.03
     for name in INPUTS:
         if name in exact:
@@ -115,15 +115,15 @@ def test_device_bits_repeat(plan: CellPlan) -> None:
 
 def test_device_graph_replays_the_same_bits() -> None:
     call = on_gpu(draw_call(PLANS["darts"], 8, (16, 16)).to(torch.float32))
-    expected = run(native.mixed_cell, call)
+    expected = run(native.mixed_cells, call)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run(native.mixed_cell, call)
+        run(native.mixed_cells, call)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(native.mixed_cell, call)
+        captured = run(native.mixed_cells, call)
     graph.replay()
     torch.cuda.synchronize()
     assert same_bits(captured, expected)
@@ -132,14 +132,14 @@ def test_device_graph_replays_the_same_bits() -> None:
 def test_device_streams_are_respected() -> None:
     """What is queued before on the same stream is done before: there are no numbers without it."""
     call = on_gpu(draw_call(PLANS["pcdarts"], 8, (16, 16), edges=True).to(torch.float32))
-    expected = run(native.mixed_cell, call)
+    expected = run(native.mixed_cells, call)
     late = call.before.clone()
     call.before.fill_(float("nan"))
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(50_000_000)  # clock cycles
         call.before.copy_(late)
-        found = run(native.mixed_cell, call)
+        found = run(native.mixed_cells, call)
     torch.cuda.synchronize()
     assert same_bits(found, expected)
 
@@ -149,7 +149,7 @@ def test_device_need_not_be_the_current_one() -> None:
     call = draw_call(PLANS["darts"], 4, (16, 16)).to(torch.float32)
     found = []
     for number in range(2):
-        results = run(native.mixed_cell, on_gpu(call, torch.device("cuda", number)))
+        results = run(native.mixed_cells, on_gpu(call, torch.device("cuda", number)))
         assert all(value.device.index == number for value in results.values())
         found.append({name: value.cpu() for name, value in results.items()})
     assert torch.cuda.current_device() == 0

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import emulated_cells
+import native_chains
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,8 +38,8 @@ def _emulated() -> None:
 
 def compare(call: Call) -> dict[str, Tensor]:
     """Outputs, statistics and gradients of both twins; those of the kernels."""
-    ours = run(emulated_cells.mixed_cell, call)
-    assert_close(ours, run(mixed.mixed_cell, call))
+    ours = run(emulated_cells.mixed_cells, call)
+    assert_close(ours, run(mixed.mixed_cells, call))
     return ours
 
 
@@ -136,24 +137,24 @@ def test_cuda_images_may_begin_between_two_reads_of_16_bytes() -> None:
     images.copy_(call.previous)
     assert images.data_ptr() % 16 == 8
     images.requires_grad_()
-    output = emulated_cells.mixed_cell(
-        WIDE,
+    output = emulated_cells.mixed_cells(
+        [WIDE],
         call.before,
         images,
         call.weights,
         Statistics(call.mean.clone(), call.variance.clone(), training=True),
-        call.operations,
+        call.operations.unsqueeze(0),
     )
     (gradient,) = torch.autograd.grad(output, images, call.gradient)
-    expected = run(mixed.mixed_cell, call)
+    expected = run(mixed.mixed_cells, call)
     wanted = {name: expected[name] for name in ("output", "previous")}
     assert_close({"output": output.detach(), "previous": gradient}, wanted)
 
 
 def test_cuda_without_a_backward_pass_keeps_nothing() -> None:
     call = draw_call(FULL, 3)
-    quiet = run(emulated_cells.mixed_cell, call, needed=())
-    whole = run(emulated_cells.mixed_cell, call)
+    quiet = run(emulated_cells.mixed_cells, call, needed=())
+    whole = run(emulated_cells.mixed_cells, call)
     assert same_bits(quiet, {name: whole[name] for name in quiet})
 
 
@@ -166,7 +167,9 @@ def test_cuda_gradients_that_nobody_asks_for_are_not_computed(
 ) -> None:
     """And the others have the same bits as if all were."""
     call = draw_call(PARTIAL, 3, training=training, edges=True)
-    whole, part = (run(emulated_cells.mixed_cell, call, needed=names) for names in (INPUTS, needed))
+    whole, part = (
+        run(emulated_cells.mixed_cells, call, needed=names) for names in (INPUTS, needed)
+    )
     assert set(part) & set(INPUTS) == set(needed)
     assert all(torch.equal(part[name], whole[name]) for name in part)
 
@@ -177,7 +180,7 @@ def test_cuda_gradients_that_nobody_asks_for_are_not_computed(
 def test_cuda_means_far_from_zero_do_not_cancel() -> None:
     call = draw_call(FULL)
     call.previous.add_(1e4)
-    ours, theirs = (run(twin, call) for twin in (emulated_cells.mixed_cell, mixed.mixed_cell))
+    ours, theirs = (run(twin, call) for twin in (emulated_cells.mixed_cells, mixed.mixed_cells))
     torch.testing.assert_close(
         ours["running variance"], theirs["running variance"], rtol=1e-10, atol=0
     )
@@ -211,7 +214,7 @@ def test_cuda_what_is_not_finite_spreads_as_in_eager(
     for choice in ("all", "some", "one-each"):
         call = draw_call(FULL, 3, (9, 8), training=training, choice=choice)
         getattr(call, where)[1, 1, 4, 2] = value
-        ours, theirs = (run(twin, call) for twin in (emulated_cells.mixed_cell, mixed.mixed_cell))
+        ours, theirs = (run(twin, call) for twin in (emulated_cells.mixed_cells, mixed.mixed_cells))
         torch.testing.assert_close(
             ours["output"], theirs["output"], rtol=1e-9, atol=1e-9, equal_nan=True
         )
@@ -224,8 +227,8 @@ def test_cuda_what_is_not_finite_spreads_as_in_eager(
 def test_cuda_single_precision_is_as_good_as_that_of_eager(plan: CellPlan, training: bool) -> None:
     call = draw_call(plan, 4, (9, 8), training=training, edges=plan.partial > 1)
     call = call.to(torch.float32).to(torch.float64)  # the same numbers in both precisions
-    exact, single = run(mixed.mixed_cell, call), call.to(torch.float32)
-    ours, theirs = (run(twin, single) for twin in (emulated_cells.mixed_cell, mixed.mixed_cell))
+    exact, single = run(mixed.mixed_cells, call), call.to(torch.float32)
+    ours, theirs = (run(twin, single) for twin in (emulated_cells.mixed_cells, mixed.mixed_cells))
     for name, value in ours.items():
         assert value.dtype == torch.float32
         norm = exact[name].norm()
@@ -272,10 +275,10 @@ def compare_tf32(call: Call) -> None:
     """With eager whose factors are rounded alike. Where sums lie between two roundings, it differs
     by 4e-4, as eager in single precision does; some rectifications then choose otherwise."""
     call = call.to(torch.float32)
-    ours = run(emulated_cells.mixed_cell, call)
+    ours = run(emulated_cells.mixed_cells, call)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixed, "pointwise", rounded_pointwise)
-        exact = run(mixed.mixed_cell, call.to(torch.float64))
+        exact = run(mixed.mixed_cells, call.to(torch.float64))
     for name, expected in exact.items():
         assert ours[name].dtype == torch.float32, name
         errors = (ours[name].double() - expected).abs() / expected.square().mean().sqrt()
@@ -300,13 +303,13 @@ def test_cuda_tensor_cores_are_used_where_they_are_allowed(
     request: pytest.FixtureRequest,
 ) -> None:
     call = draw_call(WIDE, 2).to(torch.float32)
-    plain = run(emulated_cells.mixed_cell, call)
+    plain = run(emulated_cells.mixed_cells, call)
     request.getfixturevalue("tf32")
-    rounded = run(emulated_cells.mixed_cell, call)
+    rounded = run(emulated_cells.mixed_cells, call)
     assert not torch.equal(plain["output"], rounded["output"])
     double = call.to(torch.float64)
-    assert_close(run(emulated_cells.mixed_cell, double), run(mixed.mixed_cell, double))
-    assert same_bits(run(emulated_cells.mixed_cell, call), rounded)
+    assert_close(run(emulated_cells.mixed_cells, double), run(mixed.mixed_cells, double))
+    assert same_bits(run(emulated_cells.mixed_cells, call), rounded)
 
 
 def narrowed(call: Call, dtype: torch.dtype) -> Call:
@@ -328,9 +331,9 @@ def test_cuda_half_precision_stays_within_its_rounding(
 ) -> None:
     call = draw_call(plan, 4, (9, 8), training=training, edges=plan.partial > 1)
     narrow = narrowed(call, dtype)
-    ours = run(emulated_cells.mixed_cell, narrow)
+    ours = run(emulated_cells.mixed_cells, narrow)
     wide = narrow.to(torch.float64)
-    exact = run(mixed.mixed_cell, wide)
+    exact = run(mixed.mixed_cells, wide)
     for name, expected in exact.items():
         images = name in ("output", "before", "previous")
         assert ours[name].dtype == (dtype if images else torch.float32), name
@@ -338,13 +341,23 @@ def test_cuda_half_precision_stays_within_its_rounding(
         assert error <= (tolerance if name == "output" else 10 * tolerance), (name, error)
 
 
+def test_cuda_cells_of_a_chain() -> None:
+    """One call for all of them: what each is given and keeps, and where gradients meet."""
+    plans = native_chains.CHAINS["after-a-reduction"]
+    inputs = native_chains.draw_inputs(plans, size=(4, 3))
+    theirs = native_chains.run(mixed.mixed_cells, plans, inputs)
+    assert_close(native_chains.run(emulated_cells.mixed_cells, plans, inputs), theirs)
+    part = native_chains.run(emulated_cells.mixed_cells, plans, inputs, needed=())
+    assert_close(part, {name: theirs[name] for name in part})
+
+
 @pytest.mark.parametrize("blocks", [528, 6])
 def test_cuda_bits_repeat(blocks: int) -> None:
     for plan in PLANS.values():
         call = draw_call(plan, 5, (9, 8), edges=True).to(torch.float32)
         with emulated_cells.filled_by(blocks):
-            first = run(emulated_cells.mixed_cell, call)
-            assert same_bits(run(emulated_cells.mixed_cell, call), first)
+            first = run(emulated_cells.mixed_cells, call)
+            assert same_bits(run(emulated_cells.mixed_cells, call), first)
 
 
 # ---- arguments ----
@@ -353,14 +366,14 @@ def test_cuda_bits_repeat(blocks: int) -> None:
 def test_cuda_obeys_the_newer_switch_of_tensor_cores_too() -> None:
     """After which PyTorch does not tell any more what the older one says."""
     call = draw_call(WIDE, 2).to(torch.float32)
-    plain = run(emulated_cells.mixed_cell, call)
+    plain = run(emulated_cells.mixed_cells, call)
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
     try:
         products.fp32_precision = "tf32"
-        assert not same_bits(run(emulated_cells.mixed_cell, call), plain)
+        assert not same_bits(run(emulated_cells.mixed_cells, call), plain)
         products.fp32_precision = "ieee"
-        assert same_bits(run(emulated_cells.mixed_cell, call), plain)
+        assert same_bits(run(emulated_cells.mixed_cells, call), plain)
     finally:
         products.fp32_precision = before
 
@@ -374,11 +387,11 @@ def test_cuda_types_that_do_not_go_together_are_refused() -> None:
     ):
         parameters = call.to(weights)
         with pytest.raises(RuntimeError, match=message):
-            emulated_cells.mixed_cell(
-                call.plan,
+            emulated_cells.mixed_cells(
+                [call.plan],
                 call.before.to(images),
                 call.previous.to(images),
                 parameters.weights,
                 Statistics(parameters.mean, parameters.variance, training=True),
-                parameters.operations,
+                parameters.operations.unsqueeze(0),
             )

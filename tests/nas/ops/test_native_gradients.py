@@ -36,7 +36,8 @@ def test_gradients_are_the_finite_differences(plan: CellPlan, training: bool) ->
 
     def cell(before: Tensor, previous: Tensor, weights: Tensor, *mixing: Tensor) -> Tensor:
         statistics = Statistics(call.mean, call.variance, training, update=False)
-        return native.mixed_cell(plan, before, previous, weights, statistics, *mixing)
+        mixing = tuple(value.unsqueeze(0) for value in mixing)
+        return native.mixed_cells([plan], before, previous, weights, statistics, *mixing)
 
     torch.autograd.gradcheck(cell, values, fast_mode=True)
     mixing = values[3:]
@@ -60,7 +61,7 @@ def test_ties_of_max_pooling_go_where_eager_sends_them(plan: CellPlan, training:
         mean=torch.zeros_like(call.mean),
         weights=call.weights.sign(),
     )
-    assert_close(run(native.mixed_cell, call), run(mixed.mixed_cell, call))
+    assert_close(run(native.mixed_cells, call), run(mixed.mixed_cells, call))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5])
@@ -72,7 +73,7 @@ def test_constant_images(value: float) -> None:
         call.previous.fill_(value)
         call.mean.zero_()
         call.variance.fill_(1)
-        assert_close(run(native.mixed_cell, call), run(mixed.mixed_cell, call))
+        assert_close(run(native.mixed_cells, call), run(mixed.mixed_cells, call))
 
 
 # ---- only what is asked for ----
@@ -89,7 +90,7 @@ def test_gradients_that_nobody_asks_for_are_not_computed(
 ) -> None:
     """And the others have the same bits as if all were."""
     call = draw_call(WIDER, 3, training=training, edges=True)
-    whole, part = run(native.mixed_cell, call), run(native.mixed_cell, call, needed=needed)
+    whole, part = run(native.mixed_cells, call), run(native.mixed_cells, call, needed=needed)
     assert set(part) & set(INPUTS) == set(needed)
     assert all(torch.equal(part[name], whole[name]) for name in part)
 
@@ -121,8 +122,9 @@ def test_second_derivatives_are_refused() -> None:
     call = draw_call(PLANS["full"])
     statistics = Statistics(call.mean, call.variance, training=True)
     operations = call.operations.requires_grad_()
-    output = native.mixed_cell(
-        call.plan, call.before, call.previous, call.weights, statistics, operations
+    output = native.mixed_cells(
+        [call.plan],
+        *(call.before, call.previous, call.weights, statistics, operations.unsqueeze(0)),
     )
     (gradient,) = torch.autograd.grad(output.square().sum(), operations, create_graph=True)
     with pytest.raises(NativeError, match=r"first derivatives only.*backend 'eager'"):

@@ -32,14 +32,14 @@ for channels in (2, 6, 16, 20):
         plan = CellPlan(3, 9, channels * partial, partial, reduction, reduction)
         for training in (True, False):
             call = draw_call(plan, 3, (7, 6), training=training, edges=partial > 1)
-            assert_close(run(native.mixed_cell, call), run(mixed.mixed_cell, call))
+            assert_close(run(native.mixed_cells, call), run(mixed.mixed_cells, call))
 """
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(call=calls())
 def test_equals_eager_for_any_shape(call: Call) -> None:
-    assert_close(run(native.mixed_cell, call), run(mixed.mixed_cell, call))
+    assert_close(run(native.mixed_cells, call), run(mixed.mixed_cells, call))
 
 
 @pytest.mark.parametrize("plan", [FULL, PARTIAL], ids=["full", "partial"])
@@ -48,8 +48,8 @@ def test_equals_eager_for_any_shape(call: Call) -> None:
 def test_equals_eager(plan: CellPlan, choice: str, training: bool) -> None:
     """Every choice of operations at least once, whatever shapes are drawn."""
     call = draw_call(plan, 3, training=training, edges=plan.partial > 1, choice=choice)
-    ours = run(native.mixed_cell, call)
-    assert_close(ours, run(mixed.mixed_cell, call))
+    ours = run(native.mixed_cells, call)
+    assert_close(ours, run(mixed.mixed_cells, call))
     if call.active is not None:
         assert not ours["operations"][~call.active].any()
 
@@ -59,22 +59,22 @@ def test_equals_eager(plan: CellPlan, choice: str, training: bool) -> None:
 def test_smallest_images(plan: CellPlan, size: tuple[int, int]) -> None:
     for images, training in ((1, False), (5, True)):
         call = draw_call(plan, images, size, missing=(1, 1), training=training, edges=True)
-        assert_close(run(native.mixed_cell, call), run(mixed.mixed_cell, call))
+        assert_close(run(native.mixed_cells, call), run(mixed.mixed_cells, call))
 
 
 def test_statistics_are_left_alone_when_asked() -> None:
     call = draw_call(FULL)
-    quiet = run(native.mixed_cell, call, update=False)
+    quiet = run(native.mixed_cells, call, update=False)
     assert torch.equal(quiet["running mean"], call.mean)
     assert torch.equal(quiet["running variance"], call.variance)
-    assert torch.equal(quiet["output"], run(native.mixed_cell, call)["output"])
+    assert torch.equal(quiet["output"], run(native.mixed_cells, call)["output"])
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_weight_of_zero_has_a_gradient_where_its_operation_is_active(training: bool) -> None:
     call = draw_call(FULL, training=training)
     call.operations[::2] = 0
-    ours, theirs = run(native.mixed_cell, call), run(mixed.mixed_cell, call)
+    ours, theirs = run(native.mixed_cells, call), run(mixed.mixed_cells, call)
     assert theirs["operations"][::2, 1:].abs().min() > 0
     for name, expected in theirs.items():
         torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-10)
@@ -84,7 +84,7 @@ def test_means_far_from_zero_do_not_cancel() -> None:
     """Variances from sums of squares would have lost every digit."""
     call = draw_call(FULL)
     call.previous.add_(1e4)
-    ours, theirs = run(native.mixed_cell, call), run(mixed.mixed_cell, call)
+    ours, theirs = run(native.mixed_cells, call), run(mixed.mixed_cells, call)
     torch.testing.assert_close(
         ours["running variance"], theirs["running variance"], rtol=1e-10, atol=0
     )
@@ -99,9 +99,9 @@ def test_single_precision_is_as_good_as_that_of_eager(plan: CellPlan, training: 
     for seed in range(7):
         call = draw_call(plan, 4, (9, 8), training=training, edges=plan.partial > 1, seed=seed)
         call = call.to(torch.float32).to(torch.float64)  # the same numbers in both precisions
-        exact = run(mixed.mixed_cell, call)
+        exact = run(mixed.mixed_cells, call)
         single = call.to(torch.float32)
-        for twin, collected in ((native.mixed_cell, ours), (mixed.mixed_cell, theirs)):
+        for twin, collected in ((native.mixed_cells, ours), (mixed.mixed_cells, theirs)):
             for name, value in run(twin, single).items():
                 assert value.dtype == torch.float32
                 distance = (value.double() - exact[name]).norm() / exact[name].norm()

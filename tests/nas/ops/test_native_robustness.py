@@ -40,11 +40,11 @@ def threads() -> Iterator[None]:
 def test_bits_do_not_depend_on_the_number_of_threads(plan: CellPlan, dtype: torch.dtype) -> None:
     call = draw_call(plan, 19, edges=True).to(dtype)  # more blocks than threads, and a short one
     torch.set_num_threads(1)
-    expected = run(native.mixed_cell, call)
+    expected = run(native.mixed_cells, call)
     for count in (2, 3, 1):
         torch.set_num_threads(count)
         for _ in range(2):
-            assert same_bits(run(native.mixed_cell, call), expected), count
+            assert same_bits(run(native.mixed_cells, call), expected), count
 
 
 @plans
@@ -53,18 +53,18 @@ def test_bits_do_not_depend_on_what_was_computed_before(plan: CellPlan) -> None:
     module = build.load().module
     assert module is not None
     call = draw_call(plan, 3, edges=True)
-    expected = run(native.mixed_cell, call)
+    expected = run(native.mixed_cells, call)
     for other in PLANS.values():
         for size in ((3, 2), (11, 13)):
             poison = draw_call(other, 5, size, edges=True)
             for value in vars(poison).values():
                 if isinstance(value, Tensor) and value.is_floating_point():
                     value.fill_(NAN)
-            run(native.mixed_cell, poison)
-            assert same_bits(run(native.mixed_cell, call), expected)
+            run(native.mixed_cells, poison)
+            assert same_bits(run(native.mixed_cells, call), expected)
     module.release_workspace()
     assert module.workspace_bytes() == 0
-    assert same_bits(run(native.mixed_cell, call), expected)
+    assert same_bits(run(native.mixed_cells, call), expected)
 
 
 # ---- NaN and infinity ----
@@ -138,8 +138,8 @@ def compare_spoilt(where: str, value: float, training: bool) -> None:
         call = draw_spoilt(draw, training)
         if not spoil(call, where, value, draw):
             continue
-        theirs = run(mixed.mixed_cell, call)
-        assert_spread_alike(run(native.mixed_cell, call), theirs)
+        theirs = run(mixed.mixed_cells, call)
+        assert_spread_alike(run(native.mixed_cells, call), theirs)
         compared += 1
         spread += any(not result.isfinite().all() for result in theirs.values())
     assert spread or value == -INFINITY  # which the ReLU takes away
@@ -160,7 +160,7 @@ def test_what_is_not_finite_spreads_as_in_eager_in_training(where: str, value: f
 def test_nan_in_the_mixing_weights_spreads(plan: CellPlan) -> None:
     call = draw_call(plan, 3)
     call.operations[3, 4] = NAN  # an edge into node 3
-    ours, theirs = run(native.mixed_cell, call), run(mixed.mixed_cell, call)
+    ours, theirs = run(native.mixed_cells, call), run(mixed.mixed_cells, call)
     assert torch.equal(ours["output"].isnan(), theirs["output"].isnan())
     assert ours["output"].isnan().any()
     assert not ours["output"][:, : plan.channels].isnan().any()  # node 2
@@ -224,14 +224,16 @@ BOTH = [
     ("previous", no_image, "previous is empty"),
     ("previous", lambda x: x[0], r"previous must be \[images, channels, height, width\]"),
     ("previous", rows_first, "previous must be contiguous in channels-last format"),
-    ("operations", cut, r"operations must be \[14, 8\], not \[14, 7\]"),
+    ("operations", cut, r"operations must be \[1, 14, 8\], not \[1, 14, 7\]"),
     ("operations", single, "operations must be Double as `weights` is, not Float"),
-    ("bypass", cut, r"bypass must be \[14\], not \[13\]"),
+    ("bypass", cut, r"bypass must be \[1, 14\], not \[1, 13\]"),
     ("bypass", strided, "bypass must be contiguous"),
-    ("channels", lambda _: 0, "channels must be a positive multiple of partial, not 0 and 2"),
+    ("channels", lambda _: [0], "channels must be a positive multiple of partial, not 0 and 2"),
     ("partial", lambda _: 3, "channels must be a positive multiple of partial, not 8 and 3"),
-    ("active", wrong_active((14, 8), torch.int32), "active must be contiguous booleans.*not Int"),
-    ("active", wrong_active((8, 14), torch.bool), r"active must be .*\[14, 8\].*\[8, 14\]"),
+    ("reduction", lambda _: [True, True], "must be of one length, that of the chain, not 1 and 2"),
+    ("channels", lambda _: [], "must be of one length, that of the chain, not 0 and 1"),
+    ("active", wrong_active((1, 14, 8), torch.int32), "active must be contiguous boole.*not Int"),
+    ("active", wrong_active((14, 8), torch.bool), r"active must be .*\[1, 14, 8\].*\[14, 8\]"),
 ]
 FORWARD = [
     ("running_mean", cut, r"running_mean must be \[\d+\], not \[\d+\]"),
@@ -242,7 +244,7 @@ BACKWARD = [
     ("gradient", rows_first, "gradient must be contiguous in channels-last format"),
     ("gradient", single, "gradient must be Double"),
     ("gradient", lambda x: x[:1], r"gradient must be \[2, 32, 3, 3\], not \[1, 32, 3, 3\]"),
-    ("states", cut, r"states must be \[2, 2, 5, 6, 8\], not"),
+    ("kept", cut, r"kept must be \[\d+\], not \[\d+\]"),
     ("mean", cut, r"mean must be \[\d+\], not \[\d+\]"),
     ("reciprocal_deviation", single, "reciprocal_deviation must be Double"),
 ]
@@ -289,20 +291,20 @@ def test_one_value_per_channel_has_no_variance(plan: CellPlan) -> None:
     with pytest.raises(
         RuntimeError, match=r"more than one value per channel: got 1 image .* 1 x 1"
     ):
-        run(native.mixed_cell, draw_call(plan, 1, size))
+        run(native.mixed_cells, draw_call(plan, 1, size))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        run(mixed.mixed_cell, draw_call(plan, 1, size))
-    run(native.mixed_cell, draw_call(plan, 1, size, training=False))
+        run(mixed.mixed_cells, draw_call(plan, 1, size))
+    run(native.mixed_cells, draw_call(plan, 1, size, training=False))
 
 
 def test_layout_of_the_inputs_does_not_matter() -> None:
     """The cell wants channels last, and brings them there itself."""
     call = draw_call(FULL, 3)
-    expected = run(native.mixed_cell, call)
+    expected = run(native.mixed_cells, call)
     for layout in (torch.channels_last, torch.contiguous_format):
         for name in ("before", "previous", "gradient"):
             x = getattr(call, name)
             object.__setattr__(call, name, x.contiguous(memory_format=layout))
-        ours = run(native.mixed_cell, call)
+        ours = run(native.mixed_cells, call)
         assert same_bits(ours, expected)
         assert ours["output"].is_contiguous(memory_format=torch.channels_last)
