@@ -206,17 +206,7 @@ class Backward {
     work.between = memory_.between;
     work.depthwise = memory_.depthwise;
     work.matrices = call_.weights_gradient ? memory_.matrices[round] : nullptr;
-    const auto bytes = [&](const Tiling& t) {
-      Arena arena(nullptr);
-      GradientMemory<P>::take(arena, t, largest_region(work.in, jobs, t), g_.channels(),
-                              work.matrices);
-      return arena.used();
-    };
-    work.tiling = plan_jobs(work.in, jobs, bytes);
-    work.input = largest_region(work.in, jobs, work.tiling);
-    const int chunks = chunks_for(work.tiling.tiles(), jobs.count);
-    launch(pointwise_gradient<T, V>, {unsigned(chunks), unsigned(jobs.count), 1},
-           bytes(work.tiling), stream_, work);
+    const int chunks = run_pointwise_gradient<V>(work, stream_);
     if (!work.matrices) return;
     const int64_t size = channels() * channels();
     for (int i = 0; i < jobs.count; ++i) {

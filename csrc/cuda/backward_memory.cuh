@@ -3,6 +3,7 @@
 #pragma once
 
 #include "forward.cuh"
+#include "pointwise_gradient.cuh"
 
 namespace nas::cuda {
 
@@ -73,7 +74,9 @@ struct BackwardMemory {
   void take_weights(const Geometry& g, Arena& arena) {
     const CellShape& shape = g.shape;
     const int64_t mixed = g.channels();
-    matrices[0] = arena.template take<P>(most_blocks(g, 4 * kSources) * mixed * mixed);
+    const int together = shares_inputs(g.channels()) ? kFirst : 1;  // matrices of a block
+    matrices[0] =
+        arena.template take<P>(together * most_blocks(g, kFirst * kSources) * mixed * mixed);
     matrices[1] = arena.template take<P>(most_blocks(g, 2 * kSources) * mixed * mixed);
     taps[0] = arena.template take<P>(2 * most_blocks(g, kSources) * 2 * (9 + 25) * mixed);
     taps[1] = arena.template take<P>(most_blocks(g, 2 * kSources) * 25 * mixed);

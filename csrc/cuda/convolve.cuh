@@ -173,20 +173,21 @@ class ConvolveBlock {
   NAS_DEVICE bool whole() const { return t_.slab >= channels_; }
   NAS_DEVICE int slab(int first) const { return smaller(t_.slab, channels_ - first); }
 
-  NAS_DEVICE void load(const Tile& tile, int job, int first) const {
+  NAS_DEVICE void load_tile(const Tile& tile, int job, int first) const {
     load_input<V>(call_.in, edge(job), convolution(job), region_, t_, tile, first, slab(first),
                   memory_.region);
     __syncthreads();
   }
   // All channels, rectified. Pools have left them there as they are.
   NAS_DEVICE void load_whole(const Tile& tile) const {
-    if (!pools_) return load(tile, first_, 0);
+    if (!pools_) return load_tile(tile, first_, 0);
     rectify(memory_.region, region_.numbers(t_.images));
     __syncthreads();
   }
 
   NAS_DEVICE Output<V, T> output(const Tile& tile, T* plane, int job, int first, int last) const {
-    return {plane + tile.start(t_) * channels_, memory_.places, t_.pixels(), first, last,
+    return {{plane + tile.start(t_) * channels_, memory_.places, t_.pixels(), channels_, first,
+             last},
             memory_.sums, job - first_, begins_, call_.moments != nullptr};
   }
   // After a barrier, and before the next one.
@@ -196,7 +197,7 @@ class ConvolveBlock {
 
   NAS_DEVICE void pool(const Tile& tile) const {
     for (int first = 0; first < channels_; first += t_.slab) {
-      load(tile, first_, first);
+      load_tile(tile, first_, first);
       for (int job = first_; job < first_ + pools_; ++job) {
         pool(tile, job, first);
         __syncthreads();
@@ -220,15 +221,13 @@ class ConvolveBlock {
     if (largest) largest += tile.start(t_) * channels_;
     work.template run<false>([&](const auto& patch, const auto& where) {
       to(patch);
-      if (largest && patch.column < slab(first)) {
-        store_where(to, patch, where, largest + first + patch.column);
-      }
+      if (largest) store_where(to.stored, patch, where, largest + first + patch.column);
     });
   }
   template <typename Patch>
-  NAS_DEVICE void store_where(const Output<V, T>& output, const Patch& patch,
+  NAS_DEVICE void store_where(const Stored<V, T>& stored, const Patch& patch,
                               const uint8_t (&where)[4][4], uint8_t* to) const {
-    output.for_inside(patch, [&](int i, int place) {
+    stored.for_inside(patch, [&](int i, int place) {
       uint8_t* at = to + int64_t(place) * channels_;
       if (V >= 4) {
         *reinterpret_cast<uint32_t*>(at) = uint32_t(where[i][0]) | uint32_t(where[i][1]) << 8 |
@@ -237,7 +236,7 @@ class ConvolveBlock {
         return;
       }
       NAS_UNROLL for (int j = 0; j < 4; ++j) {
-        if (output.first + patch.column + j < output.last) at[j] = where[i][j];
+        if (stored.first + patch.column + j < stored.last) at[j] = where[i][j];
       }
     });
   }
@@ -249,7 +248,7 @@ class ConvolveBlock {
     const A* taps = call_.in.weights + Taps::of(convolution).at(g, edge);
     for (int first = 0; first < channels_; first += t_.slab) {
       if (first) __syncthreads();
-      if (!whole()) load(tile, job, first);
+      if (!whole()) load_tile(tile, job, first);
       depthwise_tile(region_, t_, call_.in.steps(edge, convolution), memory_.region, slab(first),
                      taps + first, channels_, memory_.depthwise + first, pitch);
     }
@@ -276,11 +275,11 @@ NAS_KERNEL_ALONE convolve(const __grid_constant__ Convolve<T> call) {
   ConvolveBlock<T, V>(call).run();
 }
 
-// How the planes that jobs make are cut. `bytes` tells what a tiling needs.
+// How the planes that jobs make are cut; `sharing` where several are made from one tile. `bytes`
+// tells what a tiling needs.
 template <typename T, typename Bytes>
-Tiling plan_jobs(const Inputs<T>& in, const Jobs& jobs, Bytes&& bytes) {
+Tiling plan_jobs(const Inputs<T>& in, bool sharing, Bytes&& bytes) {
   const Geometry& g = in.g;
-  const bool sharing = jobs.count > jobs.inputs;
   return plan_tiles(g.images(), g.node_height(), g.node_width(), g.channels(), sharing, bytes);
 }
 // Numbers of the largest region that the jobs of an input need.
@@ -302,7 +301,8 @@ int run_convolve(Convolve<T>& call, Stream stream) {
                                  call.in.g.channels());
     return arena.used();
   };
-  call.tiling = plan_jobs(call.in, call.jobs, [&](const Tiling& t) { return bytes(t, 1); });
+  const bool sharing = call.jobs.count > call.jobs.inputs;
+  call.tiling = plan_jobs(call.in, sharing, [&](const Tiling& t) { return bytes(t, 1); });
   int most = 1;  // jobs of a block that there is memory for
   while (most < call.jobs.count && bytes(call.tiling, most + 1) <= kSharedBytes) ++most;
   call.region = largest_region(call.in, call.jobs, call.tiling);

@@ -6,13 +6,11 @@
 //
 // where g is the gradient of what it was normalised to, w the mixing weight, r the reciprocal
 // deviation, m the mean and M the numbers of a channel (in evaluation d = b = 0). Two launches
-// follow: through the pointwise part, which also computes the depthwise part again for the gradient
-// of the matrix; then through the depthwise part.
+// follow: through the pointwise part (pointwise_gradient.cuh); then through the depthwise part.
 
 #pragma once
 
 #include "convolve.cuh"
-#include "matrix.cuh"
 
 namespace nas::cuda {
 
@@ -26,122 +24,6 @@ struct Coefficients {
     return at[channel] * gradient + (at[channels + channel] * y + at[2 * channels + channel]);
   }
 };
-
-// Which planes the convolutions of a launch read and write, by job.
-template <typename T>
-struct ConvolutionGradient {
-  Inputs<T> in;
-  Jobs jobs;
-  Tiling tiling;
-  int64_t input;               // numbers of the largest input of a tile
-  const Sum<T>* coefficients;  // [edge][convolution][3][channels]
-  const Sum<T>* node;          // the node's gradient
-  const Sum<T>* between;       // gradients between two convolutions, [edge's source][3 or 5]
-  Sum<T>* depthwise;           // of each job: the gradient of its depthwise output
-  Sum<T>* matrices;            // [job][chunk][channels][channels], or null: nobody asks
-
-  NAS_DEVICE Coefficients<Sum<T>> coefficients_of(int edge, int convolution) const {
-    const int channels = in.g.channels();
-    return {coefficients + (int64_t(edge) * kConvolutions + convolution) * 3 * channels, channels};
-  }
-  // The gradient of what a convolution was normalised to.
-  NAS_DEVICE const Sum<T>* gradient_of(int edge, int convolution) const {
-    if (convolution != kSep3A && convolution != kSep5A) return node;
-    return between + (2 * source_of(edge) + convolution / 2) * in.g.plane();
-  }
-};
-
-template <typename A>
-struct GradientMemory {
-  A *scratch, *depthwise, *gradient, *staged;
-
-  NAS_BOTH static GradientMemory take(Arena& arena, const Tiling& t, int64_t input, int channels,
-                                      bool matrices) {
-    const int64_t tile = int64_t(t.pixels()) * row_pitch(channels);
-    GradientMemory memory;
-    memory.scratch = arena.take<A>(matrices ? larger(larger(input, tile), int64_t(kOuter)) : tile);
-    memory.depthwise = arena.take<A>(matrices ? tile : 0);
-    memory.gradient = arena.take<A>(tile);
-    memory.staged = arena.take<A>(staged_numbers(channels));
-    return memory;
-  }
-};
-
-// The depthwise outputs of one tile of a convolution: to [pixel][channel]. `region` is scratch.
-template <int V, typename T>
-NAS_DEVICE void depthwise_outputs(const Inputs<T>& in, int edge, int convolution, const Tiling& t,
-                                  const Tile& tile, Sum<T>* scratch, Sum<T>* to, int pitch) {
-  const int channels = in.g.channels();
-  const Steps steps = in.steps(edge, convolution);
-  const Region region = steps.region(t);
-  const Sum<T>* taps = in.weights + Taps::of(convolution).at(in.g, edge);
-  for (int first = 0; first < channels; first += t.slab) {
-    const int slab = smaller(t.slab, channels - first);
-    load_input<V>(in, edge, convolution, region, t, tile, first, slab, scratch);
-    __syncthreads();
-    depthwise_tile(region, t, steps, scratch, slab, taps + first, channels, to + first, pitch);
-    __syncthreads();
-  }
-}
-
-// Through the pointwise part.
-template <typename T, int V>
-NAS_KERNEL_ALONE
-    pointwise_gradient(const __grid_constant__ ConvolutionGradient<T> call) {
-  using A = Sum<T>;
-  const Tiling& t = call.tiling;
-  const int channels = call.in.g.channels(), pitch = row_pitch(channels);
-  const int edge = call.jobs.edge[blockIdx.y], convolution = call.jobs.convolution[blockIdx.y];
-  Arena arena(shared_memory());
-  const auto memory = GradientMemory<A>::take(arena, t, call.input, channels, call.matrices);
-  const A* matrix = call.in.weights + matrix_at(call.in.g, edge, convolution);
-  const Plane<const T> outputs = call.in.plane(edge, convolution);
-  const A* gradients = call.gradient_of(edge, convolution);
-  const Coefficients<A> coefficients = call.coefficients_of(edge, convolution);
-  A* to = call.depthwise + blockIdx.y * call.in.g.plane();
-  const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
-  MatrixGradient<T> sums(channels, channels, channels,
-                         call.matrices + block * channels * channels);
-  const int across = channels / V;
-  const Span span = Span::of(t.tiles(), int(gridDim.x), int(blockIdx.x));
-
-  clear_padding(memory.gradient, t.pixels(), channels, pitch);
-  if (call.matrices) clear_padding(memory.depthwise, t.pixels(), channels, pitch);
-  for (int64_t index = span.first; index < span.last; ++index) {
-    const Tile tile = Tile::of(t, index);
-    for (int i = int(threadIdx.x); i < t.pixels() * across; i += kThreads) {
-      const int p = i / across, channel = i % across * V;
-      const Pixel pixel = Pixel::of(t, tile, p);
-      A gradient[V] = {}, output[V];
-      if (pixel.inside) {
-        load<V>(gradients + pixel.at * channels + channel, gradient);
-        load<V>(outputs.pixel(pixel.at) + channel, output);
-        NAS_UNROLL for (int v = 0; v < V; ++v) {
-          gradient[v] = coefficients(gradient[v], output[v], channel + v);
-        }
-      }
-      NAS_UNROLL for (int v = 0; v < V; ++v) memory.gradient[p * pitch + channel + v] = gradient[v];
-    }
-    if (call.matrices) {
-      depthwise_outputs<V>(call.in, edge, convolution, t, tile, memory.scratch, memory.depthwise,
-                           pitch);
-      sums.add(memory.depthwise, pitch, memory.gradient, pitch, t.pixels());
-    }
-    product<T>(memory.gradient, pitch, t.pixels(), channels, channels,
-            [&](int k, int c) { return matrix[c * channels + k]; }, memory.staged,
-            ToShared<A>{memory.scratch, pitch, t.pixels(), channels});
-    for (int i = int(threadIdx.x); i < t.pixels() * across; i += kThreads) {
-      const int p = i / across, channel = i % across * V;
-      const Pixel pixel = Pixel::of(t, tile, p);
-      if (!pixel.inside) continue;
-      A values[V];
-      NAS_UNROLL for (int v = 0; v < V; ++v) values[v] = memory.scratch[p * pitch + channel + v];
-      store<V>(to + pixel.at * channels + channel, values);
-    }
-    __syncthreads();
-  }
-  if (call.matrices) sums.finish(memory.scratch);
-}
 
 // Through the depthwise parts of an edge's convolutions, tile by tile of their input.
 template <typename T>

@@ -14,8 +14,9 @@ constexpr int kOuter = kThreads * 16;  // numbers of scratch that a matrix's gra
 template <typename A>
 class ScalarMatrixGradient {
  public:
-  NAS_DEVICE ScalarMatrixGradient(int inputs, int outputs, int pitch, A* to)
-      : inputs_(inputs), outputs_(outputs), pitch_(pitch), to_(to),
+  // `begun`: what is at `to` is added to.
+  NAS_DEVICE ScalarMatrixGradient(int inputs, int outputs, int pitch, A* to, bool begun = false)
+      : inputs_(inputs), outputs_(outputs), pitch_(pitch), to_(to), begun_(begun),
         across_(larger(1, (outputs + 3) / 4)), items_((inputs + 3) / 4 * across_),
         slices_(larger(1, kThreads / items_)) {}
 
@@ -30,8 +31,8 @@ class ScalarMatrixGradient {
         add(item, 0, left, left_pitch, right, right_pitch, rows, sum);
         write(item, [&](int i, int j, A& to) { to = begun_ ? to + sum[i][j] : sum[i][j]; });
       }
+      begun_ = true;
     }
-    begun_ = true;
   }
 
   // Leaves the sums in global memory. `scratch` has kOuter numbers; the threads must have met since
@@ -47,7 +48,8 @@ class ScalarMatrixGradient {
     __syncthreads();
     if (slice == 0) {
       write(item, [&](int i, int j, A& to) {
-        to = column_sum(scratch + (i * 4 + j) * slices_ * items_, slices_, items_, item);
+        const A sum = column_sum(scratch + (i * 4 + j) * slices_ * items_, slices_, items_, item);
+        to = begun_ ? to + sum : sum;
       });
     }
     __syncthreads();
@@ -81,8 +83,8 @@ class ScalarMatrixGradient {
 
   int inputs_, outputs_, pitch_;
   A* to_;
+  bool begun_;
   int across_, items_, slices_;
-  bool begun_ = false;
   A sum_[4][4] = {};
 };
 
@@ -90,8 +92,9 @@ class ScalarMatrixGradient {
 // fewer, warps share the rows.
 class TensorMatrixGradient {
  public:
-  NAS_DEVICE TensorMatrixGradient(int inputs, int outputs, int pitch, float* to)
-      : inputs_(inputs), outputs_(outputs), pitch_(pitch), to_(to),
+  NAS_DEVICE TensorMatrixGradient(int inputs, int outputs, int pitch, float* to,
+                                  bool begun = false)
+      : inputs_(inputs), outputs_(outputs), pitch_(pitch), to_(to), begun_(begun),
         across_(larger(1, (outputs + kColumns - 1) / kColumns)),
         tiles_((inputs + kRows - 1) / kRows * across_), groups_((tiles_ + kStrip - 1) / kStrip),
         slices_(larger(1, kWarps / groups_)) {}
@@ -112,8 +115,8 @@ class TensorMatrixGradient {
           to = begun_ ? to + sum[i / 4].at[i % 4] : sum[i / 4].at[i % 4];
         });
       }
+      begun_ = true;
     }
-    begun_ = true;
   }
 
   NAS_DEVICE void finish(float* scratch) {
@@ -129,7 +132,8 @@ class TensorMatrixGradient {
     __syncthreads();
     if (slice == 0) {
       write(group, [&](int i, float& to) {
-        to = column_sum(scratch + i * slices_ * across, slices_, across, column);
+        const float sum = column_sum(scratch + i * slices_ * across, slices_, across, column);
+        to = begun_ ? to + sum : sum;
       });
     }
     __syncthreads();
@@ -178,8 +182,8 @@ class TensorMatrixGradient {
 
   int inputs_, outputs_, pitch_;
   float* to_;
+  bool begun_;
   int across_, tiles_, groups_, slices_;
-  bool begun_ = false;
   Entries sum_[kStrip] = {};
 };
 

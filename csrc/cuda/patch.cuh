@@ -137,22 +137,18 @@ struct JobSums {
   }
 };
 
-// Stores patches of a tile's pixels and adds them up. All threads of a block call it together.
+// Stores patches of a tile's pixels.
 template <int V, typename T>
-struct Output {
-  using A = Sum<T>;
+struct Stored {
   T* to;              // the tile's first pixel [pixel][channel]
   const int* places;  // see find_places
-  int pixels;
+  int pixels, channels;
   int first, last;    // channels that are the patches' columns
-  JobSums<A> sums;
-  int job;
-  bool begins;        // no tile came before
-  bool summed;
 
   // Calls f(row of the patch, its pixel after the tile's first) for all that are in the plane.
-  template <int kRows, typename F>
+  template <typename A, int kRows, typename F>
   NAS_DEVICE void for_inside(const Patch<A, kRows>& patch, F&& f) const {
+    if (first + patch.column >= last) return;
     NAS_UNROLL for (int i = 0; i < kRows; ++i) {
       const int pixel = patch.row + i * patch.step;
       if (pixel >= pixels) continue;
@@ -160,13 +156,38 @@ struct Output {
       if (place >= 0) f(i, place);
     }
   }
+  template <typename A, int kRows>
+  NAS_DEVICE void operator()(const Patch<A, kRows>& patch) const {
+    constexpr int kPiece = V < 4 ? V : 4;
+    const int channel = first + patch.column;
+    for_inside(patch, [&](int i, int place) {
+      NAS_UNROLL for (int j = 0; j < 4; j += kPiece) {
+        if (channel + j >= last) continue;
+        A piece[kPiece];
+        NAS_UNROLL for (int k = 0; k < kPiece; ++k) piece[k] = patch.at[i][j + k];
+        store<kPiece>(to + int64_t(place) * channels + channel + j, piece);
+      }
+    });
+  }
+};
+
+// And adds them up. All threads of a block call it together.
+template <int V, typename T>
+struct Output {
+  using A = Sum<T>;
+  Stored<V, T> stored;
+  JobSums<A> sums;
+  int job;
+  bool begins;        // no tile came before
+  bool summed;
 
   template <int kRows>
   NAS_DEVICE void operator()(const Patch<A, kRows>& patch) const {
-    constexpr int kPiece = V < 4 ? V : 4;
-    const int channels = sums.channels, channel = first + patch.column;
+    stored(patch);
+    if (!summed) return;
+    const int channel = stored.first + patch.column, last = stored.last;
     A* shift = sums.shift(job) + channel;
-    if (begins && summed) {
+    if (begins) {
       if (patch.row == 0) {
         NAS_UNROLL for (int j = 0; j < 4; ++j) {
           if (channel + j < last) shift[j] = patch.at[0][j];
@@ -176,22 +197,14 @@ struct Output {
     }
     A centre[4], sum[4] = {}, square[4] = {};
     NAS_UNROLL for (int j = 0; j < 4; ++j) centre[j] = channel + j < last ? shift[j] : A(0);
-    if (channel < last) {
-      for_inside(patch, [&](int i, int place) {
-        NAS_UNROLL for (int j = 0; j < 4; j += kPiece) {
-          if (channel + j >= last) continue;
-          A piece[kPiece];
-          NAS_UNROLL for (int k = 0; k < kPiece; ++k) piece[k] = patch.at[i][j + k];
-          store<kPiece>(to + int64_t(place) * channels + channel + j, piece);
-        }
-        NAS_UNROLL for (int j = 0; j < 4; ++j) {
-          const A distance = patch.at[i][j] - centre[j];
-          sum[j] += distance;
-          square[j] += distance * distance;
-        }
-      });
-    }
-    if (summed) sums.add(channel, last, patch.lanes, sum, square);
+    stored.for_inside(patch, [&](int i, int) {
+      NAS_UNROLL for (int j = 0; j < 4; ++j) {
+        const A distance = patch.at[i][j] - centre[j];
+        sum[j] += distance;
+        square[j] += distance * distance;
+      }
+    });
+    sums.add(channel, last, patch.lanes, sum, square);
   }
 };
 

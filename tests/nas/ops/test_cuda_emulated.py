@@ -97,7 +97,7 @@ few_blocks = pytest.mark.parametrize("blocks", [40, 6, 1])
         (replace(WIDE, reduction=False), 2, (17, 9)),
         (FULL, 23, (4, 3)),  # more images than a tile has
         (WIDE, 40, (1, 1)),
-        (CellPlan(4, 4, 52, 1, True, False), 2, (7, 5)),  # a slab of channels at a time
+        (CellPlan(4, 4, 52, 1, True, False), 3, (7, 5)),  # a slab of channels at a time
     ],
     ids=["stride", "wide", "tiles", "images", "pixels", "slabs"],
 )
