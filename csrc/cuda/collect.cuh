@@ -250,56 +250,47 @@ NAS_KERNEL_OF(T)
   const bool wanted = call.write[number] || call.add[number];
   A* partial = call.matrices + call.matrices_at[number] +
                int64_t(blockIdx.x) * job.inputs * job.outputs;
-  MatrixGradient<T> halves[2] = {
-      {job.inputs, job.last(0), job.outputs, partial},
-      {job.inputs, job.outputs - job.first(1), job.outputs, partial + job.first(1)}};
   clear_padding(in, call.rows, job.inputs, in_pitch);
   for (int i = int(threadIdx.x); i < call.rows * out_pitch; i += kThreads) out[i] = A(0);
-  for (int64_t index = span.first; index < span.last; ++index) {
-    const int64_t start = index * call.rows;
-    const int count = int(smaller<int64_t>(call.rows, call.pixels - start));
-    __syncthreads();
-    for (int i = int(threadIdx.x); i < call.rows * job.outputs; i += kThreads) {
-      const int row = i / job.outputs, c = i % job.outputs;
-      const int64_t at = (start + row) * job.outputs + c;
-      out[row * out_pitch + job.column(c)] =
-          row < count
-              ? coefficients(call.gradient[number][at], load(call.plane[number] + at), c)
-              : A(0);
-    }
-    NAS_UNROLL for (int half = 0; half < 2; ++half) {
-      const int first = job.first(half), columns = job.last(half) - first;
-      const A* from = out + job.column(first);
-      if (half >= job.halves || !columns) continue;  // half of one channel is none
+  for (int half = 0; half < job.halves; ++half) {
+    const int first = job.first(half), columns = job.last(half) - first;
+    if (!columns) continue;  // half of one channel is none
+    MatrixGradient<T> sums(job.inputs, columns, job.outputs, partial + first);
+    for (int64_t index = span.first; index < span.last; ++index) {
+      const int64_t start = index * call.rows;
+      const int count = int(smaller<int64_t>(call.rows, call.pixels - start));
+      __syncthreads();
+      for (int i = int(threadIdx.x); i < call.rows * columns; i += kThreads) {
+        const int row = i / columns, c = first + i % columns;
+        const int64_t at = (start + row) * job.outputs + c;
+        out[row * out_pitch + c - first] =
+            row < count
+                ? coefficients(call.gradient[number][at], load(call.plane[number] + at), c)
+                : A(0);
+      }
       job.template load_rows<V>(half, start, call.rows, count, in, in_pitch);
       __syncthreads();
-      if (call.matrices) halves[half].add(in, in_pitch, from, out_pitch, call.rows);
-      if (wanted) {
-        product<T>(from, out_pitch, call.rows, columns, job.inputs,
-                [&](int k, int c) { return job.weights[c * job.outputs + first + k]; }, staged,
-                ToShared<A>{back, in_pitch, call.rows, job.inputs});
-        for (int i = int(threadIdx.x); i < count * job.inputs; i += kThreads) {
-          const int row = i / job.inputs, c = i % job.inputs;
-          const int64_t pixel = job.source(half, start + row);
-          if (pixel < 0) continue;
-          const int64_t at = pixel * job.inputs + c;
-          A value = relu_gradient(back[row * in_pitch + c], in[row * in_pitch + c]);
-          if (call.write[number]) {
-            if (call.begun) value += load(call.write[number] + at);
-            store(call.write[number] + at, value);
-          } else {
-            call.add[number][at] += value;
-          }
+      if (call.matrices) sums.add(in, in_pitch, out, out_pitch, call.rows);
+      if (!wanted) continue;
+      product<T>(out, out_pitch, call.rows, columns, job.inputs,
+                 [&](int k, int c) { return job.weights[c * job.outputs + first + k]; }, staged,
+                 ToShared<A>{back, in_pitch, call.rows, job.inputs});
+      for (int i = int(threadIdx.x); i < count * job.inputs; i += kThreads) {
+        const int row = i / job.inputs, c = i % job.inputs;
+        const int64_t pixel = job.source(half, start + row);
+        if (pixel < 0) continue;
+        const int64_t at = pixel * job.inputs + c;
+        A value = relu_gradient(back[row * in_pitch + c], in[row * in_pitch + c]);
+        if (call.write[number]) {
+          if (call.begun) value += load(call.write[number] + at);
+          store(call.write[number] + at, value);
+        } else {
+          call.add[number][at] += value;
         }
       }
-      __syncthreads();
     }
-  }
-  if (!call.matrices) return;
-  NAS_UNROLL for (int half = 0; half < 2; ++half) {
-    if (half >= job.halves || job.first(half) == job.last(half)) continue;
     __syncthreads();
-    halves[half].finish(back);
+    if (call.matrices) sums.finish(back);
   }
 }
 

@@ -292,9 +292,9 @@ int64_t largest_region(const Inputs<T>& in, const Jobs& jobs, const Tiling& t) {
   return numbers;
 }
 
-// Plans and launches; returns the blocks of each job, which leave its moments.
-template <int V, typename T>
-int run_convolve(Convolve<T>& call, Stream stream) {
+// Tiles and groups of a launch; returns the bytes of shared memory that its blocks need.
+template <typename T>
+int64_t plan(Convolve<T>& call) {
   const auto bytes = [&](const Tiling& t, int jobs) {
     Arena arena(nullptr);
     ConvolveMemory<Sum<T>>::take(arena, t, largest_region(call.in, call.jobs, t), jobs,
@@ -307,9 +307,15 @@ int run_convolve(Convolve<T>& call, Stream stream) {
   while (most < call.jobs.count && bytes(call.tiling, most + 1) <= kSharedBytes) ++most;
   call.region = largest_region(call.in, call.jobs, call.tiling);
   call.groups = Groups::of(call.jobs, call.tiling.tiles(), most);
+  return bytes(call.tiling, call.groups.most);
+}
+
+// Plans and launches; returns the blocks of each job, which leave its moments.
+template <int V, typename T>
+int run_convolve(Convolve<T>& call, Stream stream) {
+  const int64_t bytes = plan(call);
   const int chunks = chunks_for(call.tiling.tiles(), call.groups.count);
-  launch(convolve<T, V>, {unsigned(chunks), unsigned(call.groups.count), 1},
-         bytes(call.tiling, call.groups.most), stream, call);
+  launch(convolve<T, V>, {unsigned(chunks), unsigned(call.groups.count), 1}, bytes, stream, call);
   return chunks;
 }
 

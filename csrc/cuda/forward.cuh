@@ -82,6 +82,19 @@ inline void add_pools(const bool (&live)[kEdges][kOperations], int s, Jobs& jobs
   }
 }
 
+// All that the states first..last - 1, which have one size, are read for.
+inline Jobs leaving(const bool (&live)[kEdges][kOperations], int first, int last) {
+  Jobs jobs;
+  for (int s = first; s < last; ++s) {
+    add_pools(live, s, jobs);
+    for (int target = larger(2, s + 1); target < kStates; ++target) {
+      add_first(live, edge_of(s, target), jobs);
+    }
+    jobs.close();
+  }
+  return jobs;
+}
+
 template <typename T, int V>
 class Forward {
  public:
@@ -109,7 +122,7 @@ class Forward {
     preprocess();
     for (int target = 2; target < kStates; ++target) {
       const int first = target == 2 ? 0 : target - 1;  // states that have just been made
-      leave_states(first, target);
+      convolve_all(leaving(call_.live, first, target), kept_);
       reductions(target);
       convolve_all(second_convolutions(call_.live, target), seconds_);
       make_node(target);
@@ -190,19 +203,6 @@ class Forward {
                    g_.channels(), chunks});
     }
     settle(settles);
-  }
-
-  // All that the states first..target - 1 are read for.
-  void leave_states(int first, int target) {
-    Jobs jobs;
-    for (int s = first; s < target; ++s) {
-      add_pools(call_.live, s, jobs);
-      for (int t = larger(2, s + 1); t < kStates; ++t) {
-        add_first(call_.live, edge_of(s, t), jobs);
-      }
-      jobs.close();
-    }
-    convolve_all(jobs, kept_);
   }
 
   // All of the skip connections that reduce, in the first round.

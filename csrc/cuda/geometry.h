@@ -150,10 +150,10 @@ struct Groups {
   int count = 0, most = 0;  // most: jobs of the largest
   uint8_t first[Jobs::kMost], last[Jobs::kMost];
 
-  // All jobs of an input together, unless that makes fewer than kBlocks blocks of the tiles, or
-  // there are more than `limit`.
+  // All jobs of an input together, unless that makes fewer blocks of the tiles than half of what
+  // fills a GPU, or there are more than `limit`.
   static Groups of(const Jobs& jobs, int64_t tiles, int limit) {
-    const auto wanted = larger<int64_t>(1, kBlocks / (tiles * larger(jobs.inputs, 1)));
+    const auto wanted = larger<int64_t>(1, kBlocks / 2 / (tiles * larger(jobs.inputs, 1)));
     Groups groups;
     for (int input = 0; input < jobs.inputs; ++input) {
       const int begin = jobs.begin(input), size = jobs.end[input] - begin;

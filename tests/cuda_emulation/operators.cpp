@@ -2,9 +2,11 @@
 
 #include <torch/library.h>
 
+#include <algorithm>
 #include <utility>
+#include <vector>
 
-#include "geometry.h"
+#include "forward.cuh"
 #include "torch_device.h"
 
 namespace nas::cuda {
@@ -20,7 +22,27 @@ struct Emulated : TorchDevice<Emulated> {
 // Pretends that a GPU is filled by so many blocks; returns how many it was before.
 int64_t set_blocks(int64_t blocks) { return std::exchange(kBlocks, int(blocks)); }
 
+// How many blocks read a tile of each state in a forward pass in single precision.
+std::vector<int64_t> reads(int64_t images, int64_t size, int64_t channels, bool reduction) {
+  const CellShape shape{images, size, size, size, size, 4, 4, channels, 1, reduction, false};
+  bool live[kEdges][kOperations];
+  for (auto& edge : live) std::fill(edge, edge + kOperations, true);
+  std::vector<int64_t> found(kSources);
+  for (int first = 0; first < kSources; first += first ? 1 : 2) {
+    Convolve<float> work{};
+    work.in.g.shape = shape;
+    work.jobs = leaving(live, first, larger(2, first + 1));
+    plan(work);
+    for (int group = 0; group < work.groups.count; ++group) {
+      ++found[source_of(work.jobs.edge[work.groups.first[group]])];
+    }
+    if (work.tiling.slab < channels) return {};
+  }
+  return found;
+}
+
 TORCH_LIBRARY(nas_transfer_emulated, m) {
+  m.def("reads(int images, int size, int channels, bool reduction) -> int[]", reads);
   m.def("set_blocks(int blocks) -> int", set_blocks);
   m.def(kForwardSchema);
   m.def(kBackwardSchema);

@@ -83,8 +83,28 @@ def test_cuda_tiles(plan: CellPlan, images: int, size: tuple[int, int], training
     compare(draw_call(plan, images, size, training=training, edges=plan.partial > 1))
 
 
-# Of a state's convolutions and pools, and of its tiles: groups of some for a tile each, a group of
-# all for a tile each, and a group of all for many tiles; 528 gives each its own block.
+@pytest.mark.parametrize(
+    ("images", "size", "channels", "reduction", "reads"),
+    [
+        (64, 32, 16, False, [1, 1, 1, 1, 1]),
+        (256, 32, 4, False, [1, 1, 1, 1, 1]),  # PC-DARTS
+        (64, 32, 32, True, [1, 1, 2, 2, 2]),
+        (64, 16, 32, False, [1, 1, 2, 2, 2]),  # half as many tiles as would fill a GPU
+        (64, 16, 64, True, [1, 1, 4, 4, 4]),
+        (64, 8, 64, False, [3, 3, 4, 4, 4]),  # no memory for more sums
+        (1, 2, 16, False, [18, 18, 14, 10, 6]),  # each convolution and pool for itself
+        (64, 8, 128, False, []),  # slabs: a tile does not fit
+    ],
+)
+def test_cuda_a_state_is_read_once_for_all_its_edges(
+    images: int, size: int, channels: int, reduction: bool, reads: list[int]
+) -> None:
+    found = torch.ops.nas_transfer_emulated.reads(images, size, channels, reduction)
+    assert found == reads
+
+
+# From groups of some of a state's convolutions and pools, a block for each group and tile, to one
+# block for all of them and all tiles; as on a GPU, each mostly has its own.
 few_blocks = pytest.mark.parametrize("blocks", [40, 6, 1])
 
 
