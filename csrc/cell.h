@@ -70,12 +70,6 @@ struct CellShape {
   constexpr int64_t statistics() const { return reduce_statistics(reduction ? kReducing : 0); }
 };
 
-// Calls body(context, unit, thread) for all units; thread < threads tells whose scratch to use.
-struct ThreadPool {
-  void (*run)(int64_t units, void (*body)(void*, int64_t, int64_t), void* context);
-  int64_t threads;
-};
-
 // The upper half of a float's bits.
 struct bfloat16 {
   uint16_t bits;
@@ -125,37 +119,6 @@ struct CellBackward {
   P* weights_gradient;                 // likewise
   P* operations_gradient;              // likewise [edges, operations]
   P* bypass_gradient;                  // likewise, with operations_gradient [edges]
-};
-
-// The kernels for one kind of numbers. `workspace` is 64-byte aligned and as large as told.
-template <typename T, typename P = T>
-struct CellKernels {
-  int64_t (*workspace_bytes)(const CellShape& shape, int64_t threads);
-  void (*forward)(const CellForward<T, P>&, const ThreadPool&, void* workspace);
-  void (*backward)(const CellBackward<T, P>&, const ThreadPool&, void* workspace);
-
-  void run(const CellForward<T, P>& call, const ThreadPool& pool, void* workspace) const {
-    forward(call, pool, workspace);
-  }
-  void run(const CellBackward<T, P>& call, const ThreadPool& pool, void* workspace) const {
-    backward(call, pool, workspace);
-  }
-};
-
-// All kernels of one instruction set.
-struct Kernels {
-  const char* name;
-  int64_t (*kept_numbers)(const CellShape& shape);
-  CellKernels<float> of_float;
-  CellKernels<double> of_double;
-  CellKernels<bfloat16, float> of_bfloat16;
-
-  const auto& of(const CellForward<float>&) const { return of_float; }
-  const auto& of(const CellBackward<float>&) const { return of_float; }
-  const auto& of(const CellForward<double>&) const { return of_double; }
-  const auto& of(const CellBackward<double>&) const { return of_double; }
-  const auto& of(const CellForward<bfloat16, float>&) const { return of_bfloat16; }
-  const auto& of(const CellBackward<bfloat16, float>&) const { return of_bfloat16; }
 };
 
 }  // namespace nas

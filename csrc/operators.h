@@ -42,6 +42,11 @@ inline void check_tensor(const Tensor& x, const char* name, at::IntArrayRef shap
   TORCH_CHECK(x.is_contiguous(), name, " must be contiguous; it has strides ", x.strides());
 }
 
+inline void check_parameters(const Tensor& weights) {
+  TORCH_CHECK(weights.scalar_type() == at::kFloat || weights.scalar_type() == at::kDouble,
+              "weights must be float32 or float64, not ", weights.scalar_type());
+}
+
 // [N, C, H, W] whose memory is [N, H, W, C], of `type`, which `owner` has.
 inline void check_images(const Tensor& x, const char* name, const Tensor& like, at::ScalarType type,
                          const char* owner) {
@@ -68,9 +73,7 @@ std::vector<Link> check_chain(const Tensor& before, const Tensor& previous, cons
                               const optional<Tensor>& active, at::IntArrayRef channels,
                               const c10::List<bool>& reduction, int64_t partial,
                               bool previous_reduction, bool training) {
-  TORCH_CHECK(weights.is_floating_point() &&
-                  (weights.scalar_type() == at::kFloat || weights.scalar_type() == at::kDouble),
-              "weights must be float32 or float64, not ", weights.scalar_type());
+  check_parameters(weights);
   const auto count = int64_t(channels.size());
   TORCH_CHECK(count > 0 && count == int64_t(reduction.size()),
               "channels and reduction must be of one length, that of the chain, not ", count, " and ",

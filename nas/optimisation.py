@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from nas.errors import CheckpointError
 
@@ -17,10 +17,31 @@ def cosine(start: float, end: float, epoch: int, epochs: int) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
+def flat_sgd(
+    vector: Tensor, device: torch.device, *, rate: float, momentum: float, weight_decay: float
+) -> SGD:
+    """SGD for one flat ``vector`` on ``device``, which passes over its memory once.
+
+    Not for other shapes: PyTorch's kernel takes a momentum to lie in memory as its parameter does,
+    which one from a checkpoint need not. On a GPU the learning rate lies there too, so that a
+    captured step reads what it is now.
+    """
+    return SGD(
+        [vector],
+        lr=torch.tensor(rate, device=device) if device.type == "cuda" else rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        fused=device.type in ("cpu", "cuda"),  # PyTorch has such a kernel for these
+    )
+
+
 def set_learning_rate(optimiser: Optimizer, rate: float) -> None:
     """Give every parameter group the learning rate ``rate``."""
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def pack_optimiser(prefix: str, optimiser: Optimizer) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../cell.h"
+#include "kernels.h"
 
 namespace nas {
 

@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../cell.h"
+#include "kernels.h"
 #include "pointwise.h"
 #include "storage.h"
 

@@ -1,4 +1,4 @@
-"""Which twin of the mixed cells computes: native kernels where they can be had, else eager."""
+"""Which twins compute the supernet: native kernels where they can be had, else eager."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nas.errors import ConfigurationError, UnknownNameError
-from nas.ops import build, mixed, native
+from nas.ops import build, mixed, native, stem
 from nas.ops.mixed import CellPlan, Statistics
 
 AUTO, NATIVE, EAGER = BACKENDS = ("auto", "native", "eager")
@@ -33,6 +33,14 @@ class MixedCells(Protocol):
     ) -> Tensor: ...
 
 
+class Stem(Protocol):
+    """What both stems are called like; see :func:`nas.ops.stem.stem`."""
+
+    def __call__(
+        self, images: Tensor, weights: Tensor, statistics: Statistics, stored: torch.dtype
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """One of the twins, and why it.
@@ -52,6 +60,10 @@ class Backend:
         if self.name == NATIVE and device.type in self.devices:
             return native.mixed_cells
         return mixed.mixed_cells
+
+    def stem(self, device: torch.device) -> Stem:
+        """The stem for images on ``device``; only the CPU has a kernel of ours for it."""
+        return native.stem if self.name == NATIVE and device.type == "cpu" else stem.stem
 
 
 def choose(

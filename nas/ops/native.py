@@ -1,4 +1,4 @@
-"""The supernet's cells in C++ (csrc/): one call for all of them and direction.
+"""The supernet's stem and cells in C++ (csrc/): one call for all cells and direction.
 
 :func:`mixed_cells` has the signature and the numbers of its eager twin in :mod:`nas.ops.mixed`. It
 keeps states, statistics, convolutions and outputs of the cells for the backward pass, computes the
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nas.errors import NativeError
 from nas.ops.mixed import EDGES, NODES, REDUCING, CellPlan, Statistics
+from nas.ops.stem import stem as eager_stem
 
 MOMENTUM = 0.1  # of the running statistics, torch's default
 LINE = 64  # numbers; each part of what a cell keeps begins on such a boundary (csrc/chain.h)
@@ -75,11 +76,36 @@ def call_operator(
         statistics.training,
         keep,
     )
+    _update(statistics, mean, variance)
+    return output
+
+
+def _update(statistics: Statistics, mean: Tensor, variance: Tensor) -> None:
+    """Move the running statistics towards those of a batch, as PyTorch does."""
     if statistics.training and statistics.update:
-        # .data, since the cells share their vector of statistics with the stem, whose backward
-        # pass, which does not read it, checks that nobody has written to it since
+        # .data, since stem and cells share one vector of statistics: the backward pass of either,
+        # which does not read it, checks that nobody has written to it since
         statistics.mean.data.lerp_(mean, MOMENTUM)
         statistics.variance.data.lerp_(variance, MOMENTUM)
+
+
+def stem(images: Tensor, weights: Tensor, statistics: Statistics, stored: torch.dtype) -> Tensor:
+    """What the first cell is given; see :func:`nas.ops.stem.stem`.
+
+    Images that need a gradient, or are stored in another type, are PyTorch's own business.
+    """
+    half = stored == torch.bfloat16
+    if images.requires_grad or (stored != weights.dtype and not half):
+        return eager_stem(images, weights, statistics, stored)
+    output, mean, _, variance, _ = torch.ops.nas_transfer.stem(
+        images.contiguous(memory_format=torch.channels_last),
+        weights,
+        statistics.mean,
+        statistics.variance,
+        half,
+        statistics.training,
+    )
+    _update(statistics, mean, variance)
     return output
 
 
@@ -89,6 +115,8 @@ def register() -> None:
     for name, shapes, backward, context in (
         ("mixed_cells", _shapes, _backward, _setup_context),
         ("mixed_cells_backward", _gradient_shapes, _refuse, None),
+        ("stem", _stem_shapes, _stem_backward, _stem_context),
+        ("stem_backward", _stem_gradient_shapes, _refuse, None),
     ):
         operator = f"nas_transfer::{name}"
         torch.library.register_fake(operator, shapes)
@@ -203,6 +231,45 @@ def _backward(
         value if need else None for value, need in zip(gradients, needed, strict=True)
     )
     return before, previous, weights, None, None, operations, bypass, *(None,) * 7
+
+
+def _stem_shapes(
+    images: Tensor,
+    weights: Tensor,
+    running_mean: Tensor,
+    running_variance: Tensor,
+    half: bool,
+    training: bool,
+) -> tuple[Tensor, ...]:
+    n, _, height, width = images.shape
+    convolution = images.new_empty(n, running_mean.numel(), height, width)
+    convolution = convolution.to(memory_format=torch.channels_last)
+    output = torch.empty_like(convolution, dtype=torch.bfloat16 if half else None)
+    return output, *(torch.empty_like(running_mean) for _ in range(3)), convolution
+
+
+def _stem_gradient_shapes(gradient: Tensor, images: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(weights)
+
+
+def _stem_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    images, weights, *_, training = inputs
+    _, mean, deviation, variance, convolution = output
+    ctx.mark_non_differentiable(mean, deviation, variance, convolution)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(images, weights, mean, deviation, convolution)
+    ctx.training = training
+
+
+def _stem_backward(
+    ctx: Any, gradient: Tensor | None, *unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if gradient is None or not ctx.needs_input_grad[1]:
+        return (None,) * 6
+    weights = torch.ops.nas_transfer.stem_backward(
+        gradient.contiguous(memory_format=torch.channels_last), *ctx.saved_tensors, ctx.training
+    )
+    return None, weights, *(None,) * 4
 
 
 def _refuse(ctx: Any, *gradients: Tensor | None) -> None:

@@ -28,6 +28,7 @@ from nas.ops.backend import AUTO, FLOAT32, STORAGES
 from nas.optimisation import (
     copy_tensors,
     cosine,
+    flat_sgd,
     pack_optimiser,
     restore_optimiser,
     set_learning_rate,
@@ -165,9 +166,10 @@ class BilevelSearch(ResumableLoop[Pair]):
             start.apply(supernet)
             require_operations(supernet.dropped, config.stages[stage])
         self.supernet = supernet.to(self.device)
-        self.weight_optimiser = torch.optim.SGD(
-            [self.supernet.weights],
-            lr=config.learning_rate,
+        self.weight_optimiser = flat_sgd(
+            self.supernet.weights,
+            self.device,
+            rate=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
@@ -270,7 +272,7 @@ class BilevelSearch(ResumableLoop[Pair]):
     def capture_steps(self, capture: Capture = capture_graph) -> None:
         """Replay both steps from captures from now on.
 
-        Another batch size, learning rate or set of active operations captures anew.
+        Another batch size or set of active operations captures anew.
         """
         self.weights_replayed = Replayed(self._move_weights, capture)
         self.architecture_replayed = Replayed(self._move_architecture, capture)
@@ -294,10 +296,10 @@ class BilevelSearch(ResumableLoop[Pair]):
             loss, scores = self.weights_replayed(kind, train.images, train.labels)
         self.meter.add(loss, scores, train.labels)
 
-    def _kind(self, mixing: Mixing) -> tuple[float, bytes | None, str]:
+    def _kind(self, mixing: Mixing) -> tuple[bytes | None, str]:
         """What a capture has in it beside tensors."""
         active = None if mixing.active is None else mixing.active.numpy().tobytes()
-        return self.learning_rate, active, str(self.heads)
+        return active, str(self.heads)
 
     def _move_architecture(
         self, images: Tensor, labels: Tensor, other_images: Tensor, other_labels: Tensor

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
+from nas import optimisation
 from nas.errors import CheckpointError
 from nas.optimisation import (
     copy_tensors,
     cosine,
+    flat_sgd,
     pack_optimiser,
     restore_optimiser,
     set_learning_rate,
@@ -42,6 +44,35 @@ def test_every_group_gets_the_rate() -> None:
     optimiser = SGD(groups, lr=1.0)
     set_learning_rate(optimiser, 0.25)
     assert [group["lr"] for group in optimiser.param_groups] == [0.25] * 3
+
+
+def test_a_rate_that_is_a_tensor_changes_where_it_lies() -> None:
+    """A captured step reads it there; and each rate is that of PyTorch's plain SGD."""
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 37, dtype=torch.float64)) for _ in range(2))
+    rate = torch.tensor(1.0, dtype=torch.float64)
+    optimiser = SGD([ours], lr=rate, momentum=0.9, weight_decay=3e-4, fused=True)
+    plain = SGD([theirs], lr=1.0, momentum=0.9, weight_decay=3e-4)
+    for value in (0.5, 0.25, 0.125):
+        set_learning_rate(optimiser, value)
+        set_learning_rate(plain, value)
+        assert optimiser.param_groups[0]["lr"] is rate
+        for parameter in (ours, theirs):
+            parameter.grad = torch.sin(3 * parameter.detach())
+        optimiser.step()
+        plain.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-15, atol=1e-15)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_flat_sgd_has_its_rate_on_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, object] = {}
+    monkeypatch.setattr(optimisation, "SGD", lambda _, **settings: made.update(settings))
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda x, device: ("on", device.type, tensor(x)))
+    vector = torch.zeros(3)
+    flat_sgd(vector, torch.device(device), rate=0.5, momentum=0.9, weight_decay=3e-4)
+    assert made["lr"] == (("on", "cuda", 0.5) if device == "cuda" else 0.5)
+    assert made["fused"] == (device != "meta")
 
 
 def make(kind: str) -> tuple[list[nn.Parameter], Optimizer]:

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas.errors import CheckpointError, ConfigurationError, UnknownNameError
 from nas.ops.backend import AUTO, BFLOAT16, FLOAT32, STORAGES, choose
-from nas.ops.mixed import EDGES, NODES, NONE, OPERATIONS, CellPlan, Normaliser, Statistics
+from nas.ops.mixed import EDGES, NODES, NONE, OPERATIONS, CellPlan, Statistics
 from nas.ops.packing import Packing
+from nas.ops.stem import stem_weights
 from nas.randomness import generator
 from nas.spaces.base import PRUNED, LinearClassifier, TensorGroups
 from nas.spaces.darts.genotype import Genotype, derive
@@ -273,7 +273,7 @@ class Supernet(nn.Module):
         self, images: Tensor, mixing: Mixing, stem: Tensor, cells: Tensor, update: bool
     ) -> Tensor:
         of_stem, of_cells = self._statistics(update)
-        x = self._stored(self._stem(images, stem, of_stem))
+        x = self.backend.stem(images.device)(images, stem, of_stem, self._stored())
         mixed_cells = self.backend.mixed_cells(images.device)
         output = mixed_cells(
             self.plans,
@@ -292,30 +292,21 @@ class Supernet(nn.Module):
         kinds = of_kinds.unbind()
         return torch.stack([kinds[REDUCE if plan.reduction else NORMAL] for plan in self.plans])
 
-    def _stored(self, x: Tensor) -> Tensor:
-        """``x`` as it goes to the cells.
+    def _stored(self) -> torch.dtype:
+        """What images are of between the cells.
 
         Raises:
             ConfigurationError: the supernet is not in single precision, and its storage is.
         """
+        computed = self.weights.dtype
         if self.storage != BFLOAT16:
-            return x
-        if x.dtype != torch.float32:
+            return computed
+        if computed != torch.float32:
             raise ConfigurationError(
-                f"storage 'bfloat16' needs a supernet in float32, not {x.dtype}; storage 'float32' "
-                "is that of the weights"
+                f"storage 'bfloat16' needs a supernet in float32, not {computed}; storage "
+                "'float32' is that of the weights"
             )
-        return x.bfloat16()
-
-    def _stem(self, images: Tensor, weights: Tensor, statistics: Statistics) -> Tensor:
-        stem = self.stem.unpack(weights)
-        x = F.conv2d(
-            images.contiguous(memory_format=torch.channels_last),
-            stem["filters"].permute(3, 2, 0, 1),
-            padding=1,
-        )
-        norm = Normaliser.of(statistics, self.stem_statistics)
-        return norm(x, "stem", weight=stem["scale"], bias=stem["shift"])
+        return torch.bfloat16
 
     def _statistics_packings(self) -> list[Packing]:
         return [self.stem_statistics, *(plan.statistics for plan in self.plans)]
@@ -365,10 +356,7 @@ def weight_packings(shape: TaskShape, config: SupernetConfig) -> list[tuple[str,
     plans = _plan_cells(config)
     stem, out = STEM_MULTIPLIER * config.channels, 4 * plans[-1].channels
     return [
-        (
-            "stem",
-            Packing({"filters": (3, 3, shape.channels, stem), "scale": (stem,), "shift": (stem,)}),
-        ),
+        ("stem", stem_weights(shape.channels, stem)),
         *((f"cells.{index}", plan.weights) for index, plan in enumerate(plans)),
         ("classifier", Packing({"matrix": (out, shape.classes), "bias": (shape.classes,)})),
     ]
