@@ -18,11 +18,11 @@ NAS_DEVICE Quad<A> quad(const A* at) {
 }
 
 // Four neighbouring columns of the rows row, row + step, ...
-template <typename A, int kRows>
+template <typename A, int kCount>
 struct Patch {
   int row, step, column;  // the column is behind the last where a thread has nothing
   int lanes;              // the lane that is as many further in a warp has the same columns
-  A at[kRows][4];
+  A at[kCount][4];
 };
 
 // How warps share the 4 x 4 patches of `rows` x `columns` numbers: 32 at a time, as many side by
@@ -56,10 +56,10 @@ struct ToShared {
   A* out;
   int pitch, rows, columns;
 
-  template <int kRows>
-  NAS_DEVICE void operator()(const Patch<A, kRows>& patch) const {
+  template <int kCount>
+  NAS_DEVICE void operator()(const Patch<A, kCount>& patch) const {
     if (patch.column >= columns) return;
-    NAS_UNROLL for (int i = 0; i < kRows; ++i) {
+    NAS_UNROLL for (int i = 0; i < kCount; ++i) {
       const int row = patch.row + i * patch.step;
       if (row >= rows) continue;
       Quad<A> four;
@@ -146,18 +146,18 @@ struct Stored {
   int first, last;    // channels that are the patches' columns
 
   // Calls f(row of the patch, its pixel after the tile's first) for all that are in the plane.
-  template <typename A, int kRows, typename F>
-  NAS_DEVICE void for_inside(const Patch<A, kRows>& patch, F&& f) const {
+  template <typename A, int kCount, typename F>
+  NAS_DEVICE void for_inside(const Patch<A, kCount>& patch, F&& f) const {
     if (first + patch.column >= last) return;
-    NAS_UNROLL for (int i = 0; i < kRows; ++i) {
+    NAS_UNROLL for (int i = 0; i < kCount; ++i) {
       const int pixel = patch.row + i * patch.step;
       if (pixel >= pixels) continue;
       const int place = places[pixel];
       if (place >= 0) f(i, place);
     }
   }
-  template <typename A, int kRows>
-  NAS_DEVICE void operator()(const Patch<A, kRows>& patch) const {
+  template <typename A, int kCount>
+  NAS_DEVICE void operator()(const Patch<A, kCount>& patch) const {
     constexpr int kPiece = V < 4 ? V : 4;
     const int channel = first + patch.column;
     for_inside(patch, [&](int i, int place) {
@@ -181,8 +181,8 @@ struct Output {
   bool begins;        // no tile came before
   bool summed;
 
-  template <int kRows>
-  NAS_DEVICE void operator()(const Patch<A, kRows>& patch) const {
+  template <int kCount>
+  NAS_DEVICE void operator()(const Patch<A, kCount>& patch) const {
     stored(patch);
     if (!summed) return;
     const int channel = stored.first + patch.column, last = stored.last;

@@ -1,6 +1,6 @@
 // Backward through the pointwise part of convolutions, with the gradients of their matrices, for
-// which the depthwise part is computed again. As forward, the convolutions of an edge share one read
-// of its input, where the sums of all their matrices are small enough.
+// which the depthwise part is computed again. As forward, the convolutions of an edge share a read
+// of its input, where their matrices are small enough.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace nas::cuda {
 
 // Whether a block takes several convolutions of an edge. It then adds to matrices in global memory
-// after each tile, which pays where a matrix is smaller than the tile.
+// after each tile, which pays where a matrix is much smaller than the tile.
 NAS_BOTH bool shares_inputs(int channels) { return channels * channels <= kNumbers / 4; }
 
 // Which planes the convolutions of a launch read and write, by job.
@@ -149,8 +149,7 @@ class PointwiseGradientBlock {
 
   // The gradient of the depthwise output.
   NAS_DEVICE void send_back(const Tile& tile, int job) const {
-    const A* matrix =
-        call_.in.weights + matrix_at(call_.in.g, edge(job), convolution(job));
+    const A* matrix = call_.in.weights + matrix_at(call_.in.g, edge(job), convolution(job));
     A* plane = call_.depthwise + job * call_.in.g.plane();
     product<T>(memory_.gradient, pitch_, t_.pixels(), channels_, channels_,
                [&](int k, int c) { return matrix[c * channels_ + k]; }, memory_.staged,
