@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._dynamo  # PyTorch's optimisers import it, 150 MB, whoever steps: no part of a step
 
 from benchmarks.supernet.opponents import make_opponent, phases_of, take_turn
 from benchmarks.supernet.setting import (

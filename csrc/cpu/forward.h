@@ -29,9 +29,7 @@ class ForwardCell {
         pool_planes = arena_.take<Sixteen<S>>(g.node_planes());
       }
     }
-    for (auto& planes : spare_) {
-      planes = arena_.take<Sixteen<S>>(call.kept ? 0 : g.node_planes());
-    }
+    for (auto& planes : outputs_) planes = arena_.take<Sixteen<S>>(g.node_planes());
     sum_ = arena_.take<Vec<T>>(g.node_planes());
     const int64_t planes = g.lanes.blocks * g.lanes.groups;
     for (auto& moments : moments_) moments = arena_.take<Moments<T>>(planes);
@@ -84,11 +82,14 @@ class ForwardCell {
     const auto& g = geometry_;
     make_pools(target);
     const auto over_chunks = [&](auto&& pass) {
-      parallel(pool_, g.chunks.count, [&](int64_t chunk, int64_t thread) { pass(chunk, thread); });
+      parallel(pool_, g.chunks.count, [&](int64_t chunk, int64_t thread) {
+        pass(chunk, thread);
+        finish_streaming();
+      });
     };
     for (int s = 0; s < target; ++s) {
       const bool* live = call_.live[edge_of(s, target)];
-      place_outputs(s, target);
+      place_kept(s, target);
       over_chunks([&](int64_t chunk, int64_t thread) { first_pass(s, target, chunk, thread); });
       settle_first(s, target);
       if (live[kSep3] || live[kSep5]) {
@@ -139,23 +140,20 @@ class ForwardCell {
     }
   }
 
-  // Where the convolutions of an edge go: kept for the backward pass, or into spare memory, where a
-  // second convolution takes the place of the first.
-  void place_outputs(int s, int target) {
-    const int edge = edge_of(s, target);
-    for (int k = 0; k < 5; ++k) outputs_[k] = spare_[k];
-    for (int k = 0; k < 2; ++k) first_outputs_[k] = spare_[k];
+  // Where copies of an edge's convolutions go for the backward pass.
+  void place_kept(int s, int target) {
     if (!call_.kept) return;
+    const int edge = edge_of(s, target);
     const Kept<T> kept(geometry_);
     Sixteen<S>* planes = reinterpret_cast<Sixteen<S>*>(call_.kept);
     for (int k = 0; k < 4; ++k) {
-      outputs_[k] = planes + kept.convolution(edge, last_convolution(kFirst[k].operation));
+      kept_[k] = planes + kept.convolution(edge, last_convolution(kFirst[k].operation));
     }
     for (int k = 0; k < 2; ++k) {
-      first_outputs_[k] = planes + kept.convolution(edge, kFirst[k].convolution);
+      first_kept_[k] = planes + kept.convolution(edge, kFirst[k].convolution);
     }
     if (geometry_.stride(s) == 2) {
-      outputs_[kReduced] = planes + kept.reduced(reducing_slot(s, target));
+      kept_[kReduced] = planes + kept.reduced(reducing_slot(s, target));
     }
   }
 
@@ -175,19 +173,19 @@ class ForwardCell {
       rectify(states_[s] + block * g.per_block(g.state_pixels(s)), input);
       for (int k = 0; k < 4; ++k) {
         if (!live[kFirst[k].operation]) continue;
-        Sixteen<S>* out =
-            (k < 2 ? first_outputs_[k] : outputs_[k]) + block * g.per_block(g.node_pixels);
+        Sixteen<S>* out = outputs_[k] + block * g.per_block(g.node_pixels);
+        Sixteen<S>* kept = k < 2 ? first_kept_[k] : kept_[k];
         convolve(Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s))),
                  weights_.pointwise(), input, weights_.taps(edge, kFirst[k].convolution),
                  weights_.matrix(edge, kFirst[k].convolution), g.node_height, g.node_width,
-                 row, out, [&](int64_t y) { add_moments(moments_[k], block, out, y); });
+                 row, out, [&](int64_t y) { finish_row(moments_[k], block, out, y, kept); });
       }
       if (reducing) {
         const int slot = reducing_slot(s, target);
         Sixteen<S>* out = outputs_[kReduced] + block * g.per_block(g.node_pixels);
         reduce(weights_.pointwise(), g.lanes, input, weights_.reduce(slot, 0), weights_.reduce(slot, 1),
                g.node_height, g.node_width, row, out,
-               [&](int64_t y) { add_moments(moments_[kReduced], block, out, y); });
+               [&](int64_t y) { finish_row(moments_[kReduced], block, out, y, kept_[kReduced]); });
       }
     });
   }
@@ -209,7 +207,7 @@ class ForwardCell {
       }
       for (int average = 0; average < 2; ++average) {
         for (int64_t y = 0; y < g.node_height; ++y) {
-          add_moments(pool_moments_[s][average], block, pools_[s][average] + at, y);
+          finish_row(pool_moments_[s][average], block, pools_[s][average] + at, y, nullptr);
         }
       }
     });
@@ -227,21 +225,26 @@ class ForwardCell {
         const int64_t at = block * g.per_block(g.node_pixels);
         Sixteen<S>* planes = outputs_[k] + at;
         const Vec<T>* scale = between_ + k * 2 * g.lanes.groups;
-        normalise_and_rectify(first_outputs_[k] + at, scale, scale + g.lanes.groups, input);
+        normalise_and_rectify(outputs_[k] + at, scale, scale + g.lanes.groups, input);
         convolve(Depthwise<T>::choose(kSecond[k].size, 1, 1), weights_.pointwise(), input,
                  weights_.taps(edge, kSecond[k].convolution),
                  weights_.matrix(edge, kSecond[k].convolution), g.node_height, g.node_width,
                  rows_ + thread * row_size_, planes,
-                 [&](int64_t y) { add_moments(moments_[k], block, planes, y); });
+                 [&](int64_t y) { finish_row(moments_[k], block, planes, y, kept_[k]); });
       }
     });
   }
 
-  void add_moments(Moments<T>* moments, int64_t block, const Sixteen<S>* planes, int64_t y) {
+  // A row of a block of `planes` is there: its sums and, past the caches, a copy to keep.
+  void finish_row(Moments<T>* moments, int64_t block, const Sixteen<S>* planes, int64_t y,
+                  Sixteen<S>* kept) {
     const auto& g = geometry_;
     for (int64_t group = 0; group < g.lanes.groups; ++group) {
-      moments[block * g.lanes.groups + group].add_row(
-          planes + group * g.node_pixels + y * g.node_width, g.node_width, y == 0);
+      const int64_t at = group * g.node_pixels + y * g.node_width;
+      moments[block * g.lanes.groups + group].add_row(planes + at, g.node_width, y == 0);
+      if (!kept) continue;
+      Sixteen<S>* to = kept + block * g.per_block(g.node_pixels) + at;
+      for (int64_t x = 0; x < g.node_width; ++x) stream(to + x, planes[at + x]);
     }
   }
 
@@ -390,9 +393,10 @@ class ForwardCell {
   Sixteen<S>* states_[kSources];     // [block][group][pixel]
   Sixteen<S>* pools_[kSources][2];       // of each state: maximum, average
   // Of the edge at hand:
-  Sixteen<S>* outputs_[5];           // before normalisation; the last is the skip that reduces
-  Sixteen<S>* first_outputs_[2];     // of the separable convolutions' first halves
-  Sixteen<S>* spare_[5];             // where they lie if they are not kept
+  // Convolutions before their normalisation, a second one in the place of the first; the last is the
+  // skip that reduces. And where copies of them, and of the first ones, are kept, or null.
+  Sixteen<S>* outputs_[5];
+  Sixteen<S>*kept_[5] = {}, *first_kept_[2] = {};
   Moments<T>* moments_[5];
   Vec<T>* between_;                  // scale and shift between two convolutions
   Vec<T>* coefficients_;

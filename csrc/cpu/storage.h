@@ -8,6 +8,10 @@
 
 #include <type_traits>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "../cell.h"
 #include "vector.h"
 
@@ -59,6 +63,40 @@ template <typename M, typename T> NAS_INLINE Vec<T> keep(M& to, const Vec<T>& x)
   put(to, x);
   if constexpr (std::is_same_v<M, Vec<T>>) return x;
   return widen(to);
+}
+
+// To memory past the caches: its lines are not read first, and drive no others out. For what is read
+// again much later; a thread must have called finish_streaming() before others look.
+#if defined(__SSE2__)
+NAS_INLINE void stream_piece(__m128i* to, __m128i x) { _mm_stream_si128(to, x); }
+#if defined(__AVX__)
+NAS_INLINE void stream_piece(__m256i* to, __m256i x) { _mm256_stream_si256(to, x); }
+#endif
+#if defined(__AVX512F__)
+NAS_INLINE void stream_piece(__m512i* to, __m512i x) { _mm512_stream_si512(to, x); }
+#endif
+template <typename Piece, typename M> NAS_INLINE void stream_pieces(M* to, const M& x) {
+  Piece pieces[sizeof(M) / sizeof(Piece)];
+  std::memcpy(pieces, &x, sizeof(M));
+  auto* place = reinterpret_cast<Piece*>(to);
+  for (const Piece& piece : pieces) stream_piece(place++, piece);
+}
+#endif
+template <typename M> NAS_INLINE void stream(M* to, const M& x) {
+#if defined(__AVX512F__)
+  stream_pieces<std::conditional_t<sizeof(M) % 64 == 0, __m512i, __m256i>>(to, x);
+#elif defined(__AVX__)
+  stream_pieces<__m256i>(to, x);
+#elif defined(__SSE2__)
+  stream_pieces<__m128i>(to, x);
+#else
+  *to = x;
+#endif
+}
+NAS_INLINE void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // The first `count` of up to sixteen numbers in memory; the others are zero.
