@@ -109,6 +109,23 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+class _Stem(torch.autograd.Function):
+    """The stem's operator, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        with poisoned():
+            outputs: tuple[Tensor, ...] = torch.ops.nas_transfer_emulated.stem(*inputs)
+        native._stem_context(ctx, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        operator = torch.ops.nas_transfer_emulated.stem_backward
+        with poisoned():
+            return native._stem_backward(ctx, *gradients, operator=operator)
+
+
 class _Cells(torch.autograd.Function):
     """The operator, with the gradients that nas/ops/native.py registers for the native one."""
 
@@ -124,6 +141,11 @@ class _Cells(torch.autograd.Function):
         operator = torch.ops.nas_transfer_emulated.mixed_cells_backward
         with poisoned():
             return native._backward(ctx, *gradients, operator=operator)
+
+
+def stem(images: Tensor, weights: Tensor, statistics: Statistics, stored: torch.dtype) -> Tensor:
+    """Twin of :func:`nas.ops.stem.stem`."""
+    return native.call_stem(_Stem.apply, images, weights, statistics, stored)
 
 
 def mixed_cells(

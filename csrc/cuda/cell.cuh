@@ -7,6 +7,7 @@
 #include "backward.cuh"
 #include "forward.cuh"
 #include "kernels.h"
+#include "stem.cuh"
 
 namespace nas::cuda {
 
@@ -57,10 +58,30 @@ void run(const CellBackward<T, Sum<T>>& call, void* workspace, Stream stream) {
   with_pass<Backward, T>(call, workspace, stream, [](auto& pass) { pass.run(); });
 }
 
+template <typename T>
+int64_t workspace_bytes(const StemForward<T, Sum<T>>& call) {
+  return StemForwardPass<T>(call, nullptr, {}).workspace_bytes();
+}
+template <typename T>
+void run(const StemForward<T, Sum<T>>& call, void* workspace, Stream stream) {
+  StemForwardPass<T>(call, workspace, stream).run();
+}
+template <typename T>
+int64_t workspace_bytes(const StemBackward<T, Sum<T>>& call) {
+  return StemBackwardPass<T>(call, nullptr, {}).workspace_bytes();
+}
+template <typename T>
+void run(const StemBackward<T, Sum<T>>& call, void* workspace, Stream stream) {
+  StemBackwardPass<T>(call, workspace, stream).run();
+}
+
 }  // namespace nas::cuda
 
-#define NAS_KERNELS_FOR(T)                                                                   \
-  template int64_t workspace_bytes<T>(const CellForward<T, Sum<T>>&);        \
-  template void run<T>(const CellForward<T, Sum<T>>&, void*, Stream);        \
-  template int64_t workspace_bytes<T>(const CellBackward<T, Sum<T>>&);       \
-  template void run<T>(const CellBackward<T, Sum<T>>&, void*, Stream);
+#define NAS_KERNELS_FOR_CALL(Call, T)                    \
+  template int64_t workspace_bytes<T>(const Call<T, Sum<T>>&); \
+  template void run<T>(const Call<T, Sum<T>>&, void*, Stream);
+#define NAS_KERNELS_FOR(T)              \
+  NAS_KERNELS_FOR_CALL(CellForward, T)  \
+  NAS_KERNELS_FOR_CALL(CellBackward, T) \
+  NAS_KERNELS_FOR_CALL(StemForward, T)  \
+  NAS_KERNELS_FOR_CALL(StemBackward, T)

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../cell.h"
+#include "../stem.h"
 #include "number.h"
 
 namespace nas::cuda {
@@ -21,5 +22,13 @@ template <typename T>
 int64_t workspace_bytes(const CellBackward<T, Sum<T>>& call);
 template <typename T>
 void run(const CellBackward<T, Sum<T>>& call, void* workspace, Stream stream);
+template <typename T>
+int64_t workspace_bytes(const StemForward<T, Sum<T>>& call);
+template <typename T>
+void run(const StemForward<T, Sum<T>>& call, void* workspace, Stream stream);
+template <typename T>
+int64_t workspace_bytes(const StemBackward<T, Sum<T>>& call);
+template <typename T>
+void run(const StemBackward<T, Sum<T>>& call, void* workspace, Stream stream);
 
 }  // namespace nas::cuda

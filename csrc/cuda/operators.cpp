@@ -4,6 +4,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "../stem_operators.h"
 #include "torch_device.h"
 
 namespace nas::cuda {
@@ -20,6 +21,8 @@ struct Gpu : TorchDevice<Gpu> {
 TORCH_LIBRARY_IMPL(nas_transfer, CUDA, m) {
   m.impl("mixed_cells", mixed_cells<Gpu>);
   m.impl("mixed_cells_backward", mixed_cells_backward<Gpu>);
+  m.impl("stem", stem<Gpu>);
+  m.impl("stem_backward", stem_backward<Gpu>);
 }
 
 }  // namespace

@@ -62,8 +62,8 @@ class Backend:
         return mixed.mixed_cells
 
     def stem(self, device: torch.device) -> Stem:
-        """The stem for images on ``device``; only the CPU has a kernel of ours for it."""
-        return native.stem if self.name == NATIVE and device.type == "cpu" else stem.stem
+        """The stem for images on ``device``; eager where no kernel is."""
+        return native.stem if self.name == NATIVE and device.type in self.devices else stem.stem
 
 
 def choose(

@@ -94,10 +94,21 @@ def stem(images: Tensor, weights: Tensor, statistics: Statistics, stored: torch.
 
     Images that need a gradient, or are stored in another type, are PyTorch's own business.
     """
+    return call_stem(torch.ops.nas_transfer.stem, images, weights, statistics, stored)
+
+
+def call_stem(
+    operator: Callable[..., tuple[Tensor, ...]],
+    images: Tensor,
+    weights: Tensor,
+    statistics: Statistics,
+    stored: torch.dtype,
+) -> Tensor:
+    """:func:`stem` by any operator with its schema."""
     half = stored == torch.bfloat16
     if images.requires_grad or (stored != weights.dtype and not half):
         return eager_stem(images, weights, statistics, stored)
-    output, mean, _, variance, _ = torch.ops.nas_transfer.stem(
+    output, mean, _, variance, _ = operator(
         images.contiguous(memory_format=torch.channels_last),
         weights,
         statistics.mean,
@@ -262,11 +273,15 @@ def _stem_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _stem_backward(
-    ctx: Any, gradient: Tensor | None, *unused: Tensor | None
+    ctx: Any,
+    gradient: Tensor | None,
+    *unused: Tensor | None,
+    operator: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
+    operator = operator or torch.ops.nas_transfer.stem_backward
     if gradient is None or not ctx.needs_input_grad[1]:
         return (None,) * 6
-    weights = torch.ops.nas_transfer.stem_backward(
+    weights = operator(
         gradient.contiguous(memory_format=torch.channels_last), *ctx.saved_tensors, ctx.training
     )
     return None, weights, *(None,) * 4

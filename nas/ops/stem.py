@@ -1,6 +1,6 @@
 """The supernet's stem in eager PyTorch: a 3x3 convolution and a batch normalisation.
 
-:func:`nas.ops.native.stem` is its twin on the CPU; on a GPU PyTorch's own kernels are as good.
+:func:`nas.ops.native.stem` is its twin.
 """
 
 from __future__ import annotations

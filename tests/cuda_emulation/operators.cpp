@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "forward.cuh"
+#include "../../csrc/stem_operators.h"
 #include "torch_device.h"
 
 namespace nas::cuda {
@@ -46,10 +47,14 @@ TORCH_LIBRARY(nas_transfer_emulated, m) {
   m.def("set_blocks(int blocks) -> int", set_blocks);
   m.def(kForwardSchema);
   m.def(kBackwardSchema);
+  m.def(kStemSchema);
+  m.def(kStemBackwardSchema);
 }
 TORCH_LIBRARY_IMPL(nas_transfer_emulated, CPU, m) {
   m.impl("mixed_cells", mixed_cells<Emulated>);
   m.impl("mixed_cells_backward", mixed_cells_backward<Emulated>);
+  m.impl("stem", stem<Emulated>);
+  m.impl("stem_backward", stem_backward<Emulated>);
 }
 
 }  // namespace

@@ -100,6 +100,21 @@ void run_both(const CellShape& s, bool training, double share, bool gradients) {
   run<T>(backward);
 }
 
+template <typename T>
+void run_stem(const nas::StemShape& s, bool training) {
+  const int64_t pixels = s.images * s.pixels();
+  const auto images = draw(pixels * s.inputs, -1, 1), weights = draw(s.weights(), -1, 1);
+  const auto mean = draw(s.outputs, -1, 1), variance = draw(s.outputs, 0.5f, 1);
+  auto gradient = draw(pixels * s.outputs, -1, 1), output = gradient, convolution = gradient;
+  auto means = mean, scales = mean, variances = mean, to_weights = weights;
+  run<T>(nas::StemForward<T, float>{s, training, images.data(), weights.data(), mean.data(),
+                                    variance.data(), as<T>(output), convolution.data(),
+                                    means.data(), scales.data(), variances.data()});
+  run<T>(nas::StemBackward<T, float>{s, training, images.data(), weights.data(),
+                                     convolution.data(), means.data(), scales.data(),
+                                     as<T>(gradient), to_weights.data()});
+}
+
 }  // namespace
 
 int main() {
@@ -118,6 +133,13 @@ int main() {
     nas::cuda::kBlocks = blocks[calls % 3];
     run_both<float>(shape, calls % 2 == 0, calls % 3 == 2 ? 0.3 : 1.0, calls % 4 != 3);
     run_both<nas::cuda::Tf32>(shape, calls % 2 == 0, calls % 3 == 2 ? 0.3 : 1.0, calls % 4 != 3);
+    ++calls;
+  }
+  const nas::StemShape stems[] = {{3, 7, 5, 3, 24}, {1, 1, 2, 1, 3}, {5, 16, 16, 2, 81}};
+  for (const nas::StemShape& shape : stems) {
+    nas::cuda::kBlocks = blocks[calls % 3];
+    run_stem<float>(shape, calls % 2 == 0);
+    run_stem<nas::cuda::Tf32>(shape, calls % 2 == 0);
     ++calls;
   }
   std::printf("%d calls of either direction\n", calls);

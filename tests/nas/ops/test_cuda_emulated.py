@@ -8,14 +8,16 @@ from typing import Any
 
 import emulated_cells
 import native_chains
+import native_stems
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from native_cells import CHOICES, INPUTS, Call, assert_close, calls, draw_call, run, same_bits
 from torch import Tensor
 
 from nas.errors import NativeError
-from nas.ops import mixed
+from nas.ops import mixed, stem
 from nas.ops.mixed import CellPlan, Statistics
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -378,6 +380,48 @@ def test_cuda_bits_repeat(blocks: int) -> None:
         with emulated_cells.filled_by(blocks):
             first = run(emulated_cells.mixed_cells, call)
             assert same_bits(run(emulated_cells.mixed_cells, call), first)
+
+
+# ---- the stem ----
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    images=st.integers(1, 7),
+    inputs=st.sampled_from([1, 2, 3, 5]),
+    outputs=st.sampled_from([3, 6, 24, 48, 81]),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    training=st.booleans(),
+)
+def test_cuda_stem_equals_eager(
+    images: int, inputs: int, outputs: int, size: tuple[int, int], training: bool
+) -> None:
+    assume(not training or images * size[0] * size[1] > 1)
+    values = native_stems.draw(images, inputs, outputs, size)
+    ours, theirs = (
+        native_stems.run(twin, values, training=training)
+        for twin in (emulated_cells.stem, stem.stem)
+    )
+    assert_close(ours, theirs)
+
+
+def test_cuda_stem_of_many_blocks_repeats_its_bits() -> None:
+    """And of more pixels than the blocks take at once, of wide images."""
+    values = {name: x.float() for name, x in native_stems.draw(40, 3, 48, (48, 40)).items()}
+    ours, again = (native_stems.run(emulated_cells.stem, values) for _ in range(2))
+    assert same_bits(ours, again)
+    exact = native_stems.run(stem.stem, {name: x.double() for name, x in values.items()})
+    for name, value in exact.items():
+        assert (ours[name].double() - value).norm() <= 1e-6 * value.norm(), name
+
+
+def test_cuda_stem_stores_bfloat16() -> None:
+    values = {name: x.float() for name, x in native_stems.draw(3, 3, 20, (7, 5)).items()}
+    half = native_stems.run(emulated_cells.stem, values, stored=torch.bfloat16)
+    exact = native_stems.run(stem.stem, {name: x.double() for name, x in values.items()})
+    assert half["output"].dtype == torch.bfloat16
+    for name, value in exact.items():
+        assert (half[name].double() - value).norm() <= 1e-2 * value.norm(), name
 
 
 # ---- arguments ----

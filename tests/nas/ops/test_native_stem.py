@@ -10,55 +10,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from native_cells import assert_close, same_bits
+from native_stems import draw, run
 from torch import Tensor
 
 from nas.errors import NativeError
 from nas.ops import native, stem
 from nas.ops.mixed import Statistics
-from nas.randomness import generator
 
 pytestmark = pytest.mark.usefixtures("native")
-
-Stem = Callable[[Tensor, Tensor, Statistics, torch.dtype], Tensor]
-
-
-def draw(
-    images: int, inputs: int, outputs: int, size: tuple[int, int], seed: int = 0
-) -> dict[str, Tensor]:
-    """Random images and weights in double precision, and a gradient for the result."""
-    random = generator(seed, "test", "stem")
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random, dtype=torch.float64)
-
-    return {
-        "images": normal(images, inputs, *size),
-        "weights": 0.5 * normal(stem.stem_weights(inputs, outputs).size),
-        "mean": 0.1 * normal(outputs),
-        "variance": 0.5 + torch.rand(outputs, generator=random, dtype=torch.float64),
-        "gradient": normal(images, outputs, *size),
-    }
-
-
-def run(
-    twin: Stem,
-    values: dict[str, Tensor],
-    *,
-    training: bool = True,
-    update: bool = True,
-    stored: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """Output, running statistics and the gradient of the weights."""
-    weights = values["weights"].clone().requires_grad_()
-    statistics = Statistics(values["mean"].clone(), values["variance"].clone(), training, update)
-    output = twin(values["images"], weights, statistics, stored or weights.dtype)
-    (gradient,) = torch.autograd.grad(output, weights, values["gradient"].to(output.dtype))
-    return {
-        "output": output.detach(),
-        "weights": gradient,
-        "mean": statistics.mean,
-        "variance": statistics.variance,
-    }
 
 
 def both(values: dict[str, Tensor], **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,15 +1,21 @@
-// The stem's operators, which have kernels of the CPU alone: on a GPU PyTorch's own are as good. What
-// gradients they have, and their shapes without data, is said in nas/ops/native.py.
+// The stem's operators for any device; see operators.h.
 
-#include <torch/library.h>
+#pragma once
 
-#include "cpu/torch_device.h"
+#include "operators.h"
 #include "stem.h"
 
 namespace nas {
-namespace {
 
-StemShape check_stem(const Tensor& images, const Tensor& weights, const Tensor& like_statistics,
+constexpr const char* kStemSchema =
+    "stem(Tensor images, Tensor weights, Tensor running_mean, Tensor running_variance, bool half, "
+    "bool training) -> (Tensor output, Tensor mean, Tensor reciprocal_deviation, Tensor variance, "
+    "Tensor convolution)";
+constexpr const char* kStemBackwardSchema =
+    "stem_backward(Tensor gradient, Tensor images, Tensor weights, Tensor mean, "
+    "Tensor reciprocal_deviation, Tensor convolution, bool training) -> Tensor weights";
+
+inline StemShape check_stem(const Tensor& images, const Tensor& weights, const Tensor& like_statistics,
                      const char* name) {
   check_parameters(weights);
   check_images(images, "images", weights, weights.scalar_type(), "weights");
@@ -20,11 +26,11 @@ StemShape check_stem(const Tensor& images, const Tensor& weights, const Tensor& 
   return shape;
 }
 
-// Images, output and gradient in memory: [N, H, W, C].
-std::vector<int64_t> output_sizes(const StemShape& shape) {
+inline std::vector<int64_t> output_sizes(const StemShape& shape) {
   return {shape.images, shape.outputs, shape.height, shape.width};
 }
 
+template <typename Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> stem(const Tensor& images, const Tensor& weights,
                                                         const Tensor& running_mean,
                                                         const Tensor& running_variance, bool half,
@@ -38,11 +44,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> stem(const Tensor& images, co
               "batch normalisation in training needs more than one value per channel: got one image "
               "of 1 x 1 pixels");
   const auto channels_last = at::MemoryFormat::ChannelsLast;
-  Tensor output = Cpu::make(output_sizes(shape), weights.options().dtype(type), channels_last);
-  Tensor convolution = Cpu::make(output_sizes(shape), weights.options(), channels_last);
+  Tensor output = Device::make(output_sizes(shape), weights.options().dtype(type), channels_last);
+  Tensor convolution = Device::make(output_sizes(shape), weights.options(), channels_last);
   Tensor mean = at::empty_like(running_mean), deviation = at::empty_like(running_mean),
          variance = at::empty_like(running_mean);
-  Cpu::dispatch(type, [&](auto image, auto parameter) {
+  Device::dispatch(type, [&](auto image, auto parameter) {
     using T = decltype(image);
     using P = decltype(parameter);
     StemForward<T, P> call{};
@@ -57,11 +63,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> stem(const Tensor& images, co
     call.mean = mutable_data<P>(mean);
     call.reciprocal_deviation = mutable_data<P>(deviation);
     call.variance = mutable_data<P>(variance);
-    Cpu::run(call, weights);
+    Device::run(call, weights);
   });
   return {output, mean, deviation, variance, convolution};
 }
 
+template <typename Device>
 Tensor stem_backward(const Tensor& gradient, const Tensor& images, const Tensor& weights,
                      const Tensor& mean, const Tensor& reciprocal_deviation,
                      const Tensor& convolution, bool training) {
@@ -77,7 +84,7 @@ Tensor stem_backward(const Tensor& gradient, const Tensor& images, const Tensor&
                 ", not ", x->sizes());
   }
   Tensor weights_gradient = at::empty_like(weights);
-  Cpu::dispatch(type, [&](auto image, auto parameter) {
+  Device::dispatch(type, [&](auto image, auto parameter) {
     using T = decltype(image);
     using P = decltype(parameter);
     StemBackward<T, P> call{};
@@ -90,25 +97,9 @@ Tensor stem_backward(const Tensor& gradient, const Tensor& images, const Tensor&
     call.reciprocal_deviation = const_data<P>(reciprocal_deviation);
     call.output_gradient = const_data<T>(gradient);
     call.weights_gradient = mutable_data<P>(weights_gradient);
-    Cpu::run(call, weights);
+    Device::run(call, weights);
   });
   return weights_gradient;
 }
 
-TORCH_LIBRARY_FRAGMENT(nas_transfer, m) {
-  m.def(
-      "stem(Tensor images, Tensor weights, Tensor running_mean, Tensor running_variance, "
-      "bool half, bool training) -> (Tensor output, Tensor mean, Tensor reciprocal_deviation, "
-      "Tensor variance, Tensor convolution)");
-  m.def(
-      "stem_backward(Tensor gradient, Tensor images, Tensor weights, Tensor mean, "
-      "Tensor reciprocal_deviation, Tensor convolution, bool training) -> Tensor weights");
-}
-
-TORCH_LIBRARY_IMPL(nas_transfer, CPU, m) {
-  m.impl("stem", stem);
-  m.impl("stem_backward", stem_backward);
-}
-
-}  // namespace
 }  // namespace nas
