@@ -9,16 +9,17 @@
 
 namespace nas {
 
+// Methods are constexpr so that CUDA kernels can call them, too.
 struct StemShape {
   int64_t images, height, width;
   int64_t inputs, outputs;  // channels
 
-  int64_t taps() const { return 9 * inputs; }  // of one output: [row][column][input]
-  int64_t pixels() const { return height * width; }
+  constexpr int64_t taps() const { return 9 * inputs; }  // of one output: [row][column][input]
+  constexpr int64_t pixels() const { return height * width; }
   // Offsets into the flat weights: filters [taps][outputs], scale, shift.
-  int64_t scale() const { return taps() * outputs; }
-  int64_t shift() const { return scale() + outputs; }
-  int64_t weights() const { return shift() + outputs; }
+  constexpr int64_t scale() const { return taps() * outputs; }
+  constexpr int64_t shift() const { return scale() + outputs; }
+  constexpr int64_t weights() const { return shift() + outputs; }
 };
 
 // T is what the output is stored in, P everything else.
