@@ -70,10 +70,10 @@ def run(
     """Output, running statistics and the gradients of ``needed``, by name."""
     leaves = {name: x.clone().requires_grad_(name in needed) for name, x in inputs.items()}
     size = sum(plan.statistics.size for plan in plans)
-    dtype = inputs["weights"].dtype
+    dtype, device = inputs["weights"].dtype, inputs["weights"].device
     statistics = Statistics(
-        torch.linspace(-0.1, 0.1, size, dtype=dtype),
-        torch.linspace(0.5, 1.5, size, dtype=dtype),
+        torch.linspace(-0.1, 0.1, size, dtype=dtype, device=device),
+        torch.linspace(0.5, 1.5, size, dtype=dtype, device=device),
         training,
     )
     output = twin(

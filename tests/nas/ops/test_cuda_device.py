@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import native_chains
+import native_stems
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu_steps import noise
 from nas.errors import ConfigurationError
-from nas.ops import mixed, native
+from nas.ops import mixed, native, stem
 from nas.ops.backend import choose
 from nas.ops.mixed import CellPlan
 from nas.search import METHODS, BilevelSearch, SearchConfig
@@ -68,6 +70,24 @@ def test_device_equals_eager_for_any_shape(call: Call) -> None:
 def test_device_equals_eager(plan: CellPlan, training: bool) -> None:
     call = draw_call(plan, 8, (32, 32), training=training, edges=plan.partial > 1)
     assert_close(run_on_gpu(call), run(mixed.mixed_cells, call))
+
+
+def test_device_cells_of_a_chain_equal_eager() -> None:
+    plans = native_chains.CHAINS["network"]
+    inputs = native_chains.draw_inputs(plans, size=(16, 12))
+    on_device = {name: x.to(GPU) for name, x in inputs.items()}
+    ours = native_chains.run(native.mixed_cells, plans, on_device)
+    theirs = native_chains.run(mixed.mixed_cells, plans, inputs)
+    assert_close({name: x.cpu() for name, x in ours.items()}, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_device_stem_equals_eager(training: bool) -> None:
+    values = native_stems.draw(32, 3, 48, (32, 32))
+    on_device = {name: x.to(GPU) for name, x in values.items()}
+    ours = native_stems.run(native.stem, on_device, training=training)
+    theirs = native_stems.run(stem.stem, values, training=training)
+    assert_close({name: x.cpu() for name, x in ours.items()}, theirs)
 
 
 @plans

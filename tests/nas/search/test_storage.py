@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -19,20 +20,33 @@ SIZE = SupernetConfig(channels=4, cells=3)
 @pytest.mark.parametrize("method", ["darts", "pcdarts"])
 @pytest.mark.usefixtures("native")
 def test_a_search_learns_as_it_does_in_float32(method: str, all_digits: ImageTask) -> None:
-    ends = {}
-    for storage in ("float32", "bfloat16"):
-        search = make_search(
-            all_digits, method, backend="native", storage=storage, epochs=3, batch_size=64
-        )
-        result = search.run()
-        losses = [record.metrics["supernet/train_loss"] for record in result.records]
-        assert losses[-1] < 0.8 * losses[0]
-        ends[storage] = result.records[-1].metrics
-        assert all(p.dtype == torch.float32 for p in result.supernet.parameters())
-    half, whole = ends["bfloat16"], ends["float32"]
-    assert half["supernet/train_loss"] == pytest.approx(whole["supernet/train_loss"], rel=0.15)
-    assert half["supernet/val_accuracy"] > 0.5
-    assert abs(half["supernet/val_accuracy"] - whole["supernet/val_accuracy"]) < 0.15
+    """On the mean of three seeds: one alone moves by 0.04 where kernels round otherwise."""
+    ends: dict[str, list[dict[str, float]]] = {"float32": [], "bfloat16": []}
+    for storage, metrics in ends.items():
+        for seed in range(3):
+            search = make_search(
+                all_digits,
+                method,
+                seed=seed,
+                backend="native",
+                storage=storage,
+                epochs=3,
+                batch_size=64,
+            )
+            result = search.run()
+            losses = [record.metrics["supernet/train_loss"] for record in result.records]
+            assert losses[-1] < 0.8 * losses[0]
+            metrics.append(result.records[-1].metrics)
+            assert all(p.dtype == torch.float32 for p in result.supernet.parameters())
+
+    def mean(storage: str, metric: str) -> float:
+        return fmean(metrics[f"supernet/{metric}"] for metrics in ends[storage])
+
+    losses = [mean(storage, "train_loss") for storage in ends]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    accuracies = [mean(storage, "val_accuracy") for storage in ends]
+    assert accuracies[1] == pytest.approx(accuracies[0], abs=0.05)
+    assert accuracies[1] > 0.4  # four times chance
 
 
 def test_a_killed_search_goes_on_with_its_own_storage_alone(
