@@ -35,7 +35,7 @@ def test_a_search_learns_as_it_does_in_float32(method: str, all_digits: ImageTas
             )
             result = search.run()
             losses = [record.metrics["supernet/train_loss"] for record in result.records]
-            assert losses[-1] < 0.8 * losses[0]
+            assert losses[-1] < 0.85 * losses[0]
             metrics.append(result.records[-1].metrics)
             assert all(p.dtype == torch.float32 for p in result.supernet.parameters())
 
