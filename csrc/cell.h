@@ -115,10 +115,10 @@ struct CellBackward {
   const T* output_gradient;            // [N, h, w, 4 C]
   T* before_gradient;                  // null: not asked for, and not paid for
   T* previous_gradient;                // null or not like before_gradient
-  bool previous_begun;                 // it holds what the cell after this one adds, and is added to
   P* weights_gradient;                 // likewise
   P* operations_gradient;              // likewise [edges, operations]
   P* bypass_gradient;                  // likewise, with operations_gradient [edges]
+  bool previous_begun;                 // previous_gradient holds a part of itself, and is added to
 };
 
 }  // namespace nas

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nas.ops.mixed import Statistics
+from nas.ops.mixed import Normaliser, Statistics
 from nas.ops.packing import Packing
 
 
@@ -36,13 +36,5 @@ def stem(images: Tensor, weights: Tensor, statistics: Statistics, stored: torch.
         table["filters"].permute(3, 2, 0, 1),
         padding=1,
     )
-    running = statistics.update or not statistics.training
-    y = F.batch_norm(
-        x,
-        statistics.mean if running else None,
-        statistics.variance if running else None,
-        table["scale"],
-        table["shift"],
-        training=statistics.training,
-    )
-    return y.to(stored)
+    norm = Normaliser.of(statistics, Packing({"stem": statistics.mean.shape}))
+    return norm(x, "stem", weight=table["scale"], bias=table["shift"]).to(stored)
