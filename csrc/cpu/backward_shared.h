@@ -72,6 +72,10 @@ struct BackwardShared {
   void for_blocks(int64_t chunk, F&& f) const {
     for (int64_t b = geometry.chunks.begin(chunk); b < geometry.chunks.end(chunk); ++b) f(b);
   }
+  void clear_gradient(int s, int64_t block) const {
+    const int64_t size = geometry.per_block(geometry.state_pixels(s));
+    std::fill(gradients[s] + block * size, gradients[s] + (block + 1) * size, Vec<T>::zero());
+  }
   int64_t node_block(int64_t block) const {
     return block * geometry.per_block(geometry.node_pixels);
   }
@@ -124,6 +128,8 @@ struct BackwardShared {
         continue;
       }
       for (int64_t x = 0; x < pixels; ++x) {
+        prefetch(from + x + 2 * kAhead);
+        prefetch(plane + x + 2 * kAhead);
         to[group * pixels + x] = a * widen(from[x]) + (d * widen(plane[x]) + b);
       }
     }

@@ -71,32 +71,42 @@ void normalise_and_rectify(const M* planes, const Vec<T>* scale, const Vec<T>* s
   }
 }
 
-// `count` rows of a depthwise convolution from row y on, into to [group][row][column].
+// Where the depthwise part of a convolution goes: its rows one after another, or all to one place.
+template <typename T>
+struct Between {
+  Vec<T>* at;
+  int64_t plane, step;  // from group to group and from row to row
+
+  Vec<T>* row(int64_t y) const { return at + y * step; }
+};
+
+// `count` rows of a depthwise convolution from row y on, into to [group][row][column], groups
+// `plane` apart.
 template <typename T>
 void depthwise_rows(const Depthwise<T>& depthwise, const Padded<T>& in, const Vec<T>* taps,
-                    int64_t y, int64_t count, int64_t width, Vec<T>* to) {
+                    int64_t y, int64_t count, int64_t width, Vec<T>* to, int64_t plane) {
   for (int64_t g = 0; g < in.groups; ++g) {
     const Vec<T>* from = in.first_tap(g, depthwise.padding());
     for (int64_t row = y; row < y + count; ++row) {
       depthwise.row(from + row * depthwise.stride * in.pitch(), in.pitch(),
-                    taps + g * depthwise.taps(), to + (g * count + row - y) * width, width, false);
+                    taps + g * depthwise.taps(), to + g * plane + (row - y) * width, width, false);
     }
   }
 }
 
-// A depthwise and a pointwise convolution of one block, row by row: what the first gives, in `row`
-// [group][width] (and as much again, to round in), stays in the nearest cache. After each row of
-// `out`, on_row(y).
+// A depthwise and a pointwise convolution of one block, row by row. What the first gives goes to
+// between.row(y) [group][width], groups between.plane apart, which is best one place in the nearest
+// cache; `spare` [group][width] is to round in. After each row of `out`, on_row(y).
 template <typename T, typename M, typename OnRow>
 void convolve(const Depthwise<T>& depthwise, const Pointwise<T>& pointwise, const Padded<T>& in,
               const Vec<T>* taps, const Vec<T>* matrix, int64_t height, int64_t width,
-              Vec<T>* row, M* out, OnRow&& on_row) {
-  Vec<T>* spare = row + in.groups * width;
+              const Between<T>& between, Vec<T>* spare, M* out, OnRow&& on_row) {
   for (int64_t y = 0; y < height; ++y) {
-    depthwise_rows(depthwise, in, taps, y, 1, width, row);
+    Vec<T>* row = between.row(y);
+    depthwise_rows(depthwise, in, taps, y, 1, width, row, between.plane);
     write_rows(out + y * width, height * width, in.groups, width, spare,
                [&](Vec<T>* to, int64_t plane) {
-                 pointwise.row(row, width, matrix, to, plane, width);
+                 pointwise.row(row, between.plane, matrix, to, plane, width);
                });
     on_row(y);
   }
@@ -183,18 +193,25 @@ struct Geometry {
   }
 };
 
-// What a forward pass keeps of its convolutions, in planes over the whole batch: all six of each
-// edge before their normalisation, and those of the skip connections that reduce.
+// What a forward pass keeps of its convolutions before their normalisation, in planes over the whole
+// batch: those of each edge and of the skip connections that reduce. Where one Vec holds all
+// channels of a pixel, products are cheap and planes are large: there backward finds only the first
+// of two convolutions in a row, and computes the others again.
 template <typename T>
 struct Kept {
   int64_t planes;  // Vecs of one convolution
-  bool reduction;
+  bool all, reduction;
 
-  explicit Kept(const Geometry<T>& g) : planes(g.node_planes()), reduction(g.shape.reduction) {}
-  int64_t convolution(int edge, int convolution) const {
-    return (edge * kConvolutions + convolution) * planes;
+  explicit Kept(const Geometry<T>& g)
+      : planes(g.node_planes()), all(g.lanes.groups > 1), reduction(g.shape.reduction) {}
+  bool has(int convolution) const {
+    return all || convolution == kSep3A || convolution == kSep5A;
   }
-  int64_t reduced(int slot) const { return (kEdges * kConvolutions + slot) * planes; }
+  int64_t of_edge() const { return all ? kConvolutions : 2; }
+  int64_t convolution(int edge, int convolution) const {
+    return (edge * of_edge() + (all ? convolution : convolution / kSep5A)) * planes;
+  }
+  int64_t reduced(int slot) const { return (kEdges * of_edge() + slot) * planes; }
   int64_t size() const { return reduced(reduction ? kReducing : 0); }
 };
 

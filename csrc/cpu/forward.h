@@ -119,7 +119,10 @@ class ForwardCell {
     };
     for (const Branch* branches : {kFirst, kFirst + 2, kSecond}) {
       for (int k = 0; k < 2; ++k) {
-        if (!live[branches[k].operation]) clear(kept.convolution(edge, branches[k].convolution));
+        const int convolution = branches[k].convolution;
+        if (!live[branches[k].operation] && kept.has(convolution)) {
+          clear(kept.convolution(edge, convolution));
+        }
       }
     }
     if (geometry_.stride(s) == 2 && !live[kSkip]) clear(kept.reduced(reducing_slot(s, target)));
@@ -147,7 +150,8 @@ class ForwardCell {
     const Kept<T> kept(geometry_);
     Sixteen<S>* planes = reinterpret_cast<Sixteen<S>*>(call_.kept);
     for (int k = 0; k < 4; ++k) {
-      kept_[k] = planes + kept.convolution(edge, last_convolution(kFirst[k].operation));
+      const int convolution = last_convolution(kFirst[k].operation);
+      kept_[k] = kept.has(convolution) ? planes + kept.convolution(edge, convolution) : nullptr;
     }
     for (int k = 0; k < 2; ++k) {
       first_kept_[k] = planes + kept.convolution(edge, kFirst[k].convolution);
@@ -178,7 +182,8 @@ class ForwardCell {
         convolve(Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s))),
                  weights_.pointwise(), input, weights_.taps(edge, kFirst[k].convolution),
                  weights_.matrix(edge, kFirst[k].convolution), g.node_height, g.node_width,
-                 row, out, [&](int64_t y) { finish_row(moments_[k], block, out, y, kept); });
+                 {row, g.node_width, 0}, row + g.per_block(g.node_width), out,
+                 [&](int64_t y) { finish_row(moments_[k], block, out, y, kept); });
       }
       if (reducing) {
         const int slot = reducing_slot(s, target);
@@ -219,6 +224,7 @@ class ForwardCell {
     const bool* live = call_.live[edge];
     if (!live[kSep3] && !live[kSep5]) return;
     const Padded<T> input = g.between(second_ + thread * between_size_);
+    Vec<T>* row = rows_ + thread * row_size_;
     for_blocks(chunk, [&](int64_t block) {
       for (int k = 0; k < 2; ++k) {
         if (!live[kSecond[k].operation]) continue;
@@ -229,7 +235,7 @@ class ForwardCell {
         convolve(Depthwise<T>::choose(kSecond[k].size, 1, 1), weights_.pointwise(), input,
                  weights_.taps(edge, kSecond[k].convolution),
                  weights_.matrix(edge, kSecond[k].convolution), g.node_height, g.node_width,
-                 rows_ + thread * row_size_, planes,
+                 {row, g.node_width, 0}, row + g.per_block(g.node_width), planes,
                  [&](int64_t y) { finish_row(moments_[k], block, planes, y, kept_[k]); });
       }
     });
