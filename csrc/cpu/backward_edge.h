@@ -4,8 +4,7 @@
 
 #pragma once
 
-#include "backward_outputs.h"
-#include "backward_pool.h"
+#include "backward_sums.h"
 #include "preprocess.h"
 
 namespace nas::NAS_ISA {
@@ -14,16 +13,15 @@ template <typename S, typename T>
 class EdgeBackward {
  public:
   EdgeBackward(const BackwardShared<S, T>& shared, const PoolBackward<S, T>& pools, Arena& arena)
-      : shared_(shared), pools_(pools),
-        weights_(shared.call.shape, shared.geometry.lanes, arena, true),
+      : shared_(shared),
+        weights_(shared.call.shape, shared.geometry.lanes, arena,
+                 !Kept<T>(shared.geometry).all, true),
         outputs_(shared, weights_, arena),
+        sums_(shared, pools, outputs_, arena),
         weight_sums_(shared.call.shape, shared.geometry.lanes, shared.geometry.chunks, arena) {
-    const auto& g = shared.geometry;
-    const int64_t planes = g.lanes.blocks * g.lanes.groups;
-    for (auto& slot : between_gradients_) slot = arena.take<Sixteen<S>>(g.node_planes());
-    for (auto& slot : sums_) slot = arena.take<Vec<T>>(2 * planes);
-    for (auto& slot : coefficients_) slot = arena.take<Vec<T>>(3 * g.lanes.groups);
-    pair_sum_ = arena.take<double>(g.lanes.channels);
+    for (auto& slot : between_gradients_) {
+      slot = arena.take<Sixteen<S>>(shared.geometry.node_planes());
+    }
   }
 
   void pack_weights() {
@@ -42,10 +40,10 @@ class EdgeBackward {
       });
     };
     outputs_.find(s, target);
-    over_chunks([&](auto... arguments) { dot_products(arguments...); });
-    settle_outputs(s, target);
+    over_chunks([&](auto... arguments) { find_sums(arguments...); });
+    sums_.settle_outputs(s, target);
     over_chunks([&](auto... arguments) { second_convolutions(arguments...); });
-    settle_between(s, target);
+    sums_.settle_between(s, target);
     over_chunks([&](auto... arguments) { first_convolutions(arguments...); });
     const bool* live = shared_.call.live[edge_of(s, target)];
     reached_[s] = reached_[s] || any_first(live) || live[kSkip];
@@ -60,123 +58,11 @@ class EdgeBackward {
   bool reached(int s) const { return reached_[s]; }
 
  private:
-  // Sums and coefficients of an edge: those of its convolutions, then of what else it adds.
-  enum Slot { kReduced = kConvolutions, kSlots };
-  enum Sum { kSumSkip = kSlots, kSumMax, kSumAverage, kSums };
-  static constexpr int kTogether = kManyRegisters ? kOperations : 4;
-
-  struct Factor {
-    int sum;
-    const Sixteen<S>* planes;
-    int64_t statistic;  // what it is normalised by, or -1
-  };
-
-  // Products of the node's gradient with all that an edge adds to the node.
-  void dot_products(int s, int target, int64_t chunk, int64_t thread) {
-    const auto& g = shared_.geometry;
-    Factor factors[kOperations];
-    const int count = list_factors(s, target, factors);
+  void find_sums(int s, int target, int64_t chunk, int64_t thread) {
     shared_.for_blocks(chunk, [&](int64_t block) {
       outputs_.recall(block, thread);
-      for (int64_t group = 0; group < g.lanes.groups; ++group) {
-        for (int first = 0; first < count; first += kTogether) {
-          with_most<kTogether>(count - first, [&](auto some) NAS_INLINED {
-            dot_products<some>(target, factors + first, block, group);
-          });
-        }
-      }
+      sums_.dot_products(s, target, block);
     });
-  }
-
-  // Those with `Count` planes: the gradient is read once for all of them.
-  template <int Count>
-  void dot_products(int target, const Factor* factors, int64_t block, int64_t group) {
-    const auto& g = shared_.geometry;
-    const int64_t at = shared_.node_block(block) + group * g.node_pixels;
-    const Sixteen<S>* gradient = shared_.nodes[target - 2] + at;
-    const Sixteen<S>* planes[Count];
-    Vec<T> total[Count], shift[Count];
-    NAS_UNROLL for (int i = 0; i < Count; ++i) {
-      const int64_t statistic = factors[i].statistic;
-      planes[i] = factors[i].planes + at;
-      total[i] = Vec<T>::zero();
-      shift[i] = statistic < 0 ? Vec<T>::zero() : shared_.mean(statistic, group);
-    }
-    for (int64_t x = 0; x < g.node_pixels; ++x) {
-      const Vec<T> value = widen(gradient[x]);
-      NAS_UNROLL for (int i = 0; i < Count; ++i) {
-        prefetch(planes[i] + x + kAhead);
-        total[i] += value * (widen(planes[i][x]) - shift[i]);
-      }
-    }
-    NAS_UNROLL for (int i = 0; i < Count; ++i) {
-      sums_[factors[i].sum][block * g.lanes.groups + group] = total[i];
-    }
-  }
-
-  int list_factors(int s, int target, Factor* factors) const {
-    const auto& shape = shared_.call.shape;
-    const bool* live = shared_.call.live[edge_of(s, target)];
-    int count = 0;
-    for (int operation = kSep3; operation <= kDil5; ++operation) {
-      if (!live[operation]) continue;
-      const int convolution = last_convolution(operation);
-      factors[count++] = {convolution, outputs_.convolution(convolution),
-                          shared_.statistics(s, target, convolution)};
-    }
-    if (live[kSkip] && shared_.geometry.stride(s) == 2) {
-      factors[count++] = {kReduced, outputs_.reduced(),
-                          shape.reduce_statistics(reducing_slot(s, target))};
-    } else if (live[kSkip] && shared_.call.operations_gradient) {
-      factors[count++] = {kSumSkip, shared_.states[s], -1};
-    }
-    for (int average = 0; average < 2; ++average) {
-      if (!live[kMaxPool + average]) continue;
-      factors[count++] = {kSumMax + average, pools_.planes(s, average),
-                          shape.pool_statistics(s, average)};
-    }
-    return count;
-  }
-
-  // The sums over the batch of one edge: gradients of the mixing weights, and what the gradients
-  // of the normalisations need.
-  void settle_outputs(int s, int target) {
-    const auto& g = shared_.geometry;
-    const int edge = edge_of(s, target);
-    const bool* live = shared_.call.live[edge];
-    const double* sum = shared_.node_totals[target - 2];
-    const auto settle = [&](int operation, int slot, int64_t at, double* product) {
-      merge_sums(g.lanes, sums_[slot], product);
-      if (shared_.call.operations_gradient) {
-        double total = 0;
-        for (int64_t c = 0; c < g.lanes.channels; ++c) {
-          total += product[c] * (at < 0 ? 1.0 : double(shared_.call.reciprocal_deviation[at + c]));
-        }
-        shared_.call.operations_gradient[edge * kOperations + operation] = T(total);
-      }
-      if (slot < kSlots) {
-        shared_.store_coefficients(double(shared_.weight(edge, operation)), at, sum, product,
-                                   coefficients_[slot]);
-      }
-    };
-    for (int operation = kSep3; operation <= kDil5; ++operation) {
-      if (!live[operation]) continue;
-      const int convolution = last_convolution(operation);
-      settle(operation, convolution, shared_.statistics(s, target, convolution), shared_.product);
-    }
-    if (live[kSkip]) {
-      if (g.stride(s) == 2) {
-        settle(kSkip, kReduced, shared_.call.shape.reduce_statistics(reducing_slot(s, target)),
-               shared_.product);
-      } else if (shared_.call.operations_gradient) {
-        settle(kSkip, kSumSkip, -1, shared_.product);
-      }
-    }
-    for (int average = 0; average < 2; ++average) {
-      if (!live[kMaxPool + average]) continue;
-      settle(kMaxPool + average, kSumMax + average, shared_.call.shape.pool_statistics(s, average),
-             pools_.product(edge, average));
-    }
   }
 
   // Rows whose gradients are taken together: enough pixels for the weight gradients to pay.
@@ -199,7 +85,7 @@ class EdgeBackward {
     for (int64_t y = 0; y < g.node_height; y += rows) {
       const int64_t count = std::min(rows, g.node_height - y);
       const int64_t first = y * g.node_width, pixels = count * g.node_width;
-      shared_.gradient_of(coefficients_[convolution], block, gradient,
+      shared_.gradient_of(sums_.coefficients(convolution), block, shared_.read(gradient),
                           outputs_.convolution(convolution) + shared_.node_block(block), first,
                           pixels, strip);
       for (int64_t row = 0; row < count; ++row) {
@@ -285,13 +171,12 @@ class EdgeBackward {
                     const Vec<T>* row) {
     const auto& g = shared_.geometry;
     const int64_t at = shared_.node_block(block) + group * g.node_pixels + y * g.node_width;
-    const int convolution = kFirst[k].convolution;
-    const Sixteen<S>* first = outputs_.convolution(convolution) + at;
+    const Sixteen<S>* first = outputs_.convolution(kFirst[k].convolution) + at;
     Sixteen<S>* to = between_gradients_[k] + at;
     const Vec<T>* normalise = outputs_.between(k) + group;
     const Vec<T> scale = normalise[0], shift = normalise[g.lanes.groups];
     const Vec<T> centre = normalise[2 * g.lanes.groups];
-    Vec<T>* sum = sums_[convolution] + (block * g.lanes.groups + group) * 2;
+    Vec<T>* sum = sums_.between(k, block, group);
     if (y == 0) sum[0] = sum[1] = Vec<T>::zero();
     Vec<T> total = sum[0], product = sum[1];
     for (int64_t x = 0; x < g.node_width; ++x) {
@@ -312,7 +197,7 @@ class EdgeBackward {
     const Pointwise<T>& pointwise = weights_.pointwise();
     const int slot = reducing_slot(s, target);
     const int64_t width = g.node_width;
-    shared_.gradient_of(coefficients_[kReduced], block, gradient,
+    shared_.gradient_of(sums_.reduced(), block, shared_.read(gradient),
                         outputs_.reduced() + shared_.node_block(block), 0, g.node_pixels,
                         own.gradient);
     Vec<T>* half = own.row + g.lanes.groups * width;
@@ -342,18 +227,6 @@ class EdgeBackward {
           }
         }
       }
-    }
-  }
-
-  // Coefficients of the first convolutions of the separable ones.
-  void settle_between(int s, int target) {
-    const bool* live = shared_.call.live[edge_of(s, target)];
-    for (int k = 0; k < 2; ++k) {
-      if (!live[kFirst[k].operation]) continue;
-      const int convolution = kFirst[k].convolution;
-      merge_pairs(sums_[convolution]);
-      shared_.store_coefficients(1.0, shared_.statistics(s, target, convolution), pair_sum_,
-                                 shared_.product, coefficients_[convolution]);
     }
   }
 
@@ -423,29 +296,12 @@ class EdgeBackward {
     });
   }
 
-  void merge_pairs(const Vec<T>* pairs) {
-    const auto& g = shared_.geometry;
-    std::fill(pair_sum_, pair_sum_ + g.lanes.channels, 0.0);
-    std::fill(shared_.product, shared_.product + g.lanes.channels, 0.0);
-    for (int64_t block = 0; block < g.lanes.blocks; ++block) {
-      for (int64_t group = 0; group < g.lanes.groups; ++group) {
-        const Vec<T>* pair = pairs + (block * g.lanes.groups + group) * 2;
-        add_lanes(g.lanes, g.lanes.images_of(block), group, pair[0], pair_sum_);
-        add_lanes(g.lanes, g.lanes.images_of(block), group, pair[1], shared_.product);
-      }
-    }
-  }
-
   const BackwardShared<S, T>& shared_;
-  const PoolBackward<S, T>& pools_;
   EdgeWeights<T> weights_;
   EdgeOutputs<S, T> outputs_;
+  EdgeSums<S, T> sums_;
   EdgeWeightGradients<T> weight_sums_;
-  // Of the edge at hand:
-  Sixteen<S>* between_gradients_[2];           // between the convolutions of the separable ones
-  Vec<T>* sums_[kSums];                        // [block][group], pairs for the first convolutions
-  Vec<T>* coefficients_[kSlots];
-  double* pair_sum_;
+  Sixteen<S>* between_gradients_[2];  // of the edge at hand, between two convolutions in a row
   bool reached_[kSources] = {};
 };
 

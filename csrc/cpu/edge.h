@@ -4,6 +4,7 @@
 
 #include "layout.h"
 #include "pool.h"
+#include "separable.h"
 #include "weights.h"
 
 namespace nas::NAS_ISA {
@@ -76,6 +77,7 @@ template <typename T>
 struct Between {
   Vec<T>* at;
   int64_t plane, step;  // from group to group and from row to row
+  bool wanted;
 
   Vec<T>* row(int64_t y) const { return at + y * step; }
 };
@@ -101,7 +103,17 @@ template <typename T, typename M, typename OnRow>
 void convolve(const Depthwise<T>& depthwise, const Pointwise<T>& pointwise, const Padded<T>& in,
               const Vec<T>* taps, const Vec<T>* matrix, int64_t height, int64_t width,
               const Between<T>& between, Vec<T>* spare, M* out, OnRow&& on_row) {
+  const auto separable =
+      between.wanted ? nullptr : choose_separable(depthwise, pointwise.channels);
   for (int64_t y = 0; y < height; ++y) {
+    if (separable) {
+      const Vec<T>* from = in.first_tap(0, depthwise.padding()) + y * depthwise.stride * in.pitch();
+      write_rows(out + y * width, height * width, 1, width, spare, [&](Vec<T>* to, int64_t) {
+        separable(from, in.pitch(), taps, matrix, to, width);
+      });
+      on_row(y);
+      continue;
+    }
     Vec<T>* row = between.row(y);
     depthwise_rows(depthwise, in, taps, y, 1, width, row, between.plane);
     write_rows(out + y * width, height * width, in.groups, width, spare,

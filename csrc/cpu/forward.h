@@ -19,7 +19,7 @@ class ForwardCell {
  public:
   ForwardCell(const CellForward<S, T>& call, const ThreadPool& pool, void* workspace)
       : call_(call), pool_(pool), geometry_(call.shape), arena_(workspace),
-        weights_(call.shape, geometry_.lanes, arena_, false),
+        weights_(call.shape, geometry_.lanes, arena_, true, false),
         preprocess_(call.shape, pool.threads, arena_, false),
         bypass_(call, geometry_, pool, arena_) {
     const auto& g = geometry_;
@@ -182,7 +182,7 @@ class ForwardCell {
         convolve(Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s))),
                  weights_.pointwise(), input, weights_.taps(edge, kFirst[k].convolution),
                  weights_.matrix(edge, kFirst[k].convolution), g.node_height, g.node_width,
-                 {row, g.node_width, 0}, row + g.per_block(g.node_width), out,
+                 {row, g.node_width, 0, false}, row + g.per_block(g.node_width), out,
                  [&](int64_t y) { finish_row(moments_[k], block, out, y, kept); });
       }
       if (reducing) {
@@ -235,7 +235,7 @@ class ForwardCell {
         convolve(Depthwise<T>::choose(kSecond[k].size, 1, 1), weights_.pointwise(), input,
                  weights_.taps(edge, kSecond[k].convolution),
                  weights_.matrix(edge, kSecond[k].convolution), g.node_height, g.node_width,
-                 {row, g.node_width, 0}, row + g.per_block(g.node_width), planes,
+                 {row, g.node_width, 0, false}, row + g.per_block(g.node_width), planes,
                  [&](int64_t y) { finish_row(moments_[k], block, planes, y, kept_[k]); });
       }
     });
