@@ -89,14 +89,10 @@ class EdgeOutputs {
     const auto& g = shared_.geometry;
     const int which = branch.convolution;
     const int64_t at = shared_.node_block(block);
-    Between<T> between{own.row, g.node_width, 0, false};
-    if (shared_.call.weights_gradient) {
-      between = {depthwise_[which] + at, g.node_pixels, g.node_width, true};
-    }
+    Vec<T>* between = shared_.call.weights_gradient ? depthwise_[which] + at : nullptr;
     convolve(Depthwise<T>::choose(branch.size, branch.dilation, stride), weights_.pointwise(), input,
              weights_.taps(edge_, which), weights_.matrix(edge_, which), g.node_height,
-             g.node_width, between, own.row + g.per_block(g.node_width), recalled_[which] + at,
-             [](int64_t) {});
+             g.node_width, own.row, between, recalled_[which] + at, [](int64_t) {});
   }
 
   const BackwardShared<S, T>& shared_;

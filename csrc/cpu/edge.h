@@ -72,16 +72,6 @@ void normalise_and_rectify(const M* planes, const Vec<T>* scale, const Vec<T>* s
   }
 }
 
-// Where the depthwise part of a convolution goes: its rows one after another, or all to one place.
-template <typename T>
-struct Between {
-  Vec<T>* at;
-  int64_t plane, step;  // from group to group and from row to row
-  bool wanted;
-
-  Vec<T>* row(int64_t y) const { return at + y * step; }
-};
-
 // `count` rows of a depthwise convolution from row y on, into to [group][row][column], groups
 // `plane` apart.
 template <typename T>
@@ -97,28 +87,26 @@ void depthwise_rows(const Depthwise<T>& depthwise, const Padded<T>& in, const Ve
 }
 
 // A depthwise and a pointwise convolution of one block, row by row. What the first gives goes to
-// between.row(y) [group][width], groups between.plane apart, which is best one place in the nearest
-// cache; `spare` [group][width] is to round in. After each row of `out`, on_row(y).
+// `between` [group][pixel] or, if that is null, stays in the nearest cache: `row` is scratch of
+// [2][group][width]. After each row of `out`, on_row(y).
 template <typename T, typename M, typename OnRow>
 void convolve(const Depthwise<T>& depthwise, const Pointwise<T>& pointwise, const Padded<T>& in,
               const Vec<T>* taps, const Vec<T>* matrix, int64_t height, int64_t width,
-              const Between<T>& between, Vec<T>* spare, M* out, OnRow&& on_row) {
-  const auto separable =
-      between.wanted ? nullptr : choose_separable(depthwise, pointwise.channels);
+              Vec<T>* row, std::type_identity_t<Vec<T>>* between, M* out, OnRow&& on_row) {
+  const auto separable = choose_separable(depthwise, pointwise.channels);
+  const int64_t plane = between ? height * width : width;
   for (int64_t y = 0; y < height; ++y) {
-    if (separable) {
-      const Vec<T>* from = in.first_tap(0, depthwise.padding()) + y * depthwise.stride * in.pitch();
-      write_rows(out + y * width, height * width, 1, width, spare, [&](Vec<T>* to, int64_t) {
-        separable(from, in.pitch(), taps, matrix, to, width);
-      });
-      on_row(y);
-      continue;
-    }
-    Vec<T>* row = between.row(y);
-    depthwise_rows(depthwise, in, taps, y, 1, width, row, between.plane);
-    write_rows(out + y * width, height * width, in.groups, width, spare,
-               [&](Vec<T>* to, int64_t plane) {
-                 pointwise.row(row, between.plane, matrix, to, plane, width);
+    write_rows(out + y * width, height * width, in.groups, width, row + in.groups * width,
+               [&](Vec<T>* to, int64_t out_plane) {
+                 Vec<T>* part = between ? between + y * width : separable ? nullptr : row;
+                 if (separable) {
+                   separable(in.first_tap(0, depthwise.padding()) +
+                                 y * depthwise.stride * in.pitch(),
+                             in.pitch(), taps, matrix, part, to, width);
+                 } else {
+                   depthwise_rows(depthwise, in, taps, y, 1, width, part, plane);
+                   pointwise.row(part, plane, matrix, to, out_plane, width);
+                 }
                });
     on_row(y);
   }

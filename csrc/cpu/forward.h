@@ -181,9 +181,8 @@ class ForwardCell {
         Sixteen<S>* kept = k < 2 ? first_kept_[k] : kept_[k];
         convolve(Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s))),
                  weights_.pointwise(), input, weights_.taps(edge, kFirst[k].convolution),
-                 weights_.matrix(edge, kFirst[k].convolution), g.node_height, g.node_width,
-                 {row, g.node_width, 0, false}, row + g.per_block(g.node_width), out,
-                 [&](int64_t y) { finish_row(moments_[k], block, out, y, kept); });
+                 weights_.matrix(edge, kFirst[k].convolution), g.node_height, g.node_width, row,
+                 nullptr, out, [&](int64_t y) { finish_row(moments_[k], block, out, y, kept); });
       }
       if (reducing) {
         const int slot = reducing_slot(s, target);
@@ -234,8 +233,8 @@ class ForwardCell {
         normalise_and_rectify(outputs_[k] + at, scale, scale + g.lanes.groups, input);
         convolve(Depthwise<T>::choose(kSecond[k].size, 1, 1), weights_.pointwise(), input,
                  weights_.taps(edge, kSecond[k].convolution),
-                 weights_.matrix(edge, kSecond[k].convolution), g.node_height, g.node_width,
-                 {row, g.node_width, 0, false}, row + g.per_block(g.node_width), planes,
+                 weights_.matrix(edge, kSecond[k].convolution), g.node_height, g.node_width, row,
+                 nullptr, planes,
                  [&](int64_t y) { finish_row(moments_[k], block, planes, y, kept_[k]); });
       }
     });

@@ -7,21 +7,25 @@
 
 namespace nas::NAS_ISA {
 
-// A row of outputs; see depthwise_row() and lane_product_row().
+// A row of outputs; see depthwise_row() and lane_product_row(). What the depthwise part gives goes to
+// `between`, unless that is null.
 template <int K, int D, int S, int Channels, typename T>
 void separable_row(const Vec<T>* in, int64_t pitch, const Vec<T>* taps, const Vec<T>* weights,
-                   Vec<T>* out, int64_t width) {
+                   Vec<T>* between, Vec<T>* out, int64_t width) {
   for_columns<kPixels>(0, width, [&](auto block, int64_t x) NAS_INLINED {
     constexpr int count = decltype(block)::value;
     Vec<T> sum[count] = {};
     depthwise_block<K, D, S>(in + x * S, pitch, taps, sum);
+    if (between) {
+      NAS_UNROLL for (int i = 0; i < count; ++i) between[x + i] = sum[i];
+    }
     lane_product_block<Channels, count>(sum, weights, out + x,
                                         std::make_index_sequence<Channels>{});
   });
 }
 
 template <typename T>
-using SeparableRow = void (*)(const Vec<T>*, int64_t, const Vec<T>*, const Vec<T>*, Vec<T>*,
+using SeparableRow = void (*)(const Vec<T>*, int64_t, const Vec<T>*, const Vec<T>*, Vec<T>*, Vec<T>*,
                               int64_t);
 
 // The one for a convolution, or null where there is none.
