@@ -18,11 +18,7 @@ class EdgeBackward {
                  !Kept<T>(shared.geometry).all, true),
         outputs_(shared, weights_, arena),
         sums_(shared, pools, outputs_, arena),
-        weight_sums_(shared.call.shape, shared.geometry.lanes, shared.geometry.chunks, arena) {
-    for (auto& slot : between_gradients_) {
-      slot = arena.take<Sixteen<S>>(shared.geometry.node_planes());
-    }
-  }
+        weight_sums_(shared.call.shape, shared.geometry.lanes, shared.geometry.chunks, arena) {}
 
   void pack_weights() {
     parallel(shared_.pool, kEdges, [&](int64_t edge, int64_t) {
@@ -172,7 +168,7 @@ class EdgeBackward {
     const auto& g = shared_.geometry;
     const int64_t at = shared_.node_block(block) + group * g.node_pixels + y * g.node_width;
     const Sixteen<S>* first = outputs_.convolution(kFirst[k].convolution) + at;
-    Sixteen<S>* to = between_gradients_[k] + at;
+    Sixteen<S>* to = outputs_.between_gradient(k) + at;
     const Vec<T>* normalise = outputs_.between(k) + group;
     const Vec<T> scale = normalise[0], shift = normalise[g.lanes.groups];
     const Vec<T> centre = normalise[2 * g.lanes.groups];
@@ -251,7 +247,7 @@ class EdgeBackward {
       if (shared_.call.weights_gradient) rectify(state, input);
       for (int k = 0; k < 4; ++k) {
         if (!live[kFirst[k].operation]) continue;
-        const Sixteen<S>* gradient = k < 2 ? between_gradients_[k] : shared_.nodes[target - 2];
+        const Sixteen<S>* gradient = k < 2 ? outputs_.between_gradient(k) : shared_.nodes[target - 2];
         gradient_into(shared_.padded_gradient(own.padded, k), edge, kFirst[k].convolution,
                       depthwise[k], block, chunk, input, gradient + shared_.node_block(block), own);
       }
@@ -301,7 +297,6 @@ class EdgeBackward {
   EdgeOutputs<S, T> outputs_;
   EdgeSums<S, T> sums_;
   EdgeWeightGradients<T> weight_sums_;
-  Sixteen<S>* between_gradients_[2];  // of the edge at hand, between two convolutions in a row
   bool reached_[kSources] = {};
 };
 

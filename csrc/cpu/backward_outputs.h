@@ -18,7 +18,11 @@ class EdgeOutputs {
       recalled_[convolution] = arena.take<Sixteen<S>>(g.node_planes());
       depthwise_[convolution] = arena.take<Vec<T>>(g.node_planes());
     }
-    for (auto& between : between_) between = arena.take<Vec<T>>(3 * g.lanes.groups);
+    for (int k = 0; k < 2; ++k) {
+      between_gradients_[k] = kept_.all ? arena.take<Sixteen<S>>(g.node_planes())
+                                        : recalled_[kSecond[k].convolution];
+      between_[k] = arena.take<Vec<T>>(3 * g.lanes.groups);
+    }
   }
 
   // Turns to an edge.
@@ -75,6 +79,9 @@ class EdgeOutputs {
   const Vec<T>* depthwise(int which, int64_t block) const {
     return depthwise_[which] ? depthwise_[which] + shared_.node_block(block) : nullptr;
   }
+  // For the gradient between two convolutions in a row, [block][group][pixel]: a block of it may take
+  // the place of what the second one gave, if that was computed again.
+  Sixteen<S>* between_gradient(int k) const { return between_gradients_[k]; }
   // Scale, shift and mean between two convolutions in a row, [3][group].
   const Vec<T>* between(int k) const { return between_[k]; }
   // The input of the second of them.
@@ -100,6 +107,7 @@ class EdgeOutputs {
   Kept<T> kept_;
   Sixteen<S>* recalled_[kConvolutions] = {};
   Vec<T>* depthwise_[kConvolutions] = {};
+  Sixteen<S>* between_gradients_[2];
   Vec<T>* between_[2];
   // Of the edge at hand:
   int source_ = 0, edge_ = 0;
