@@ -60,7 +60,7 @@ class Backward {
   }
   // Of states of one size.
   void recall_pools(int first, int last) {
-    Convolve<T> work{inputs(), {}, {}, {}, 0, nullptr, {}, {}, nullptr};
+    Convolve<T> work{inputs(), {}, {}, {}, 0, 0, nullptr, {}, {}, nullptr};
     for (int s = first; s < last; ++s) {
       add_pools(call_.live, s, work.jobs);
       work.jobs.close();
@@ -123,7 +123,7 @@ class Backward {
     added_ = {};
     const Jobs second = second_convolutions(call_.live, target);
     if (second.count) {
-      Convolve<T> work{inputs(), second, {}, {}, 0, memory_.seconds, {}, {}, nullptr};
+      Convolve<T> work{inputs(), second, {}, {}, 0, 0, memory_.seconds, {}, {}, nullptr};
       run_convolve<V>(work, stream_);
     }
     dot_products(target);
@@ -176,9 +176,9 @@ class Backward {
       }
     }
     const int chunks = chunks_for(divide_up(g_.plane(), kNumbers), target);
-    constexpr int kTogether = V < 4 ? V : 4;  // a thread has no registers for the sums of eight
-    launch(dots<T, kTogether>, {unsigned(chunks), unsigned(target), 1},
-           kThreads * kTogether * int64_t(sizeof(P)), stream_, work);
+    P *sums, *means;
+    launch(dots<T, V>, {unsigned(chunks), unsigned(target), 1},
+           take_dots<P, V>(Arena(nullptr), int(channels()), &sums, &means), stream_, work);
     settle.g = g_;
     settle.target = target;
     settle.chunks = chunks;

@@ -191,7 +191,7 @@ class Forward {
 
   void convolve_all(const Jobs& jobs, T* to) {
     if (!jobs.count) return;
-    Convolve<T> work{inputs(), jobs, {}, {}, 0, to, {}, {}, moments()};
+    Convolve<T> work{inputs(), jobs, {}, {}, 0, 0, to, {}, {}, moments()};
     for (int s = 0; s < kSources; ++s) work.pools[s] = pools_[s];
     const int chunks = run_convolve<V>(work, stream_);
     Settles settles;

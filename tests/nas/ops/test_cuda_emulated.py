@@ -88,12 +88,22 @@ def test_cuda_tiles(plan: CellPlan, images: int, size: tuple[int, int], training
 @pytest.mark.parametrize(
     ("images", "size", "channels", "reduction", "reads"),
     [
-        (64, 32, 16, False, [1, 1, 1, 1, 1]),
-        (256, 32, 4, False, [1, 1, 1, 1, 1]),  # PC-DARTS
-        (64, 32, 32, True, [1, 1, 2, 2, 2]),
-        (64, 16, 32, False, [1, 1, 2, 2, 2]),  # half as many tiles as would fill a GPU
-        (64, 16, 64, True, [1, 1, 4, 4, 4]),
-        (64, 8, 64, False, [3, 3, 4, 4, 4]),  # no memory for more sums
+        *[
+            (images, size, channels, reduction, [1, 1, 1, 1, 1])
+            for images in (64, 256)
+            for size, channels, reduction in (
+                *((32, 16, False), (16, 32, False), (8, 64, False)),
+                *((32, 32, True), (16, 64, True)),
+            )
+        ],
+        *[  # PC-DARTS at its own batch
+            (256, size, channels, reduction, [1, 1, 1, 1, 1])
+            for size, channels, reduction in (
+                *((32, 4, False), (16, 8, False), (8, 16, False)),
+                *((32, 8, True), (16, 16, True)),
+            )
+        ],
+        (32, 8, 64, False, [1, 1, 2, 2, 2]),  # fewer tiles than keep a GPU busy
         (1, 2, 16, False, [18, 18, 14, 10, 6]),  # each convolution and pool for itself
         (64, 8, 128, False, []),  # slabs: a tile does not fit
     ],
