@@ -38,6 +38,13 @@
 #else
 #define NAS_KEEP_ORDER
 #endif
+// The emulation counts how many bytes are read or written at once.
+#if defined(NAS_EMULATION)
+#define NAS_TOUCHES(at, bytes) ::emulation::Machine::get().touches(at, bytes)
+#else
+#define NAS_TOUCHES(at, bytes)
+#endif
+
 // A kernel, of which two blocks are to fit on a multiprocessor: that leaves 128 registers a thread.
 // One block where a number takes two registers.
 #define NAS_KERNEL_OF(T) \

@@ -175,6 +175,41 @@ NAS_KERNEL_OF(P)
   call.operations_gradient[place] = P(all);
 }
 
+// Two sums a channel over a block's part of `pixels` pixels: of a gradient and of its product with
+// something else, both of which read(number, channel, ...) gives for V channels: to [2][channels].
+template <int V, typename A, typename Read>
+NAS_DEVICE void sum_pairs(int64_t pixels, int channels, A* to, const Read& read) {
+  const Share share = Share::of(channels, V);
+  const Span span = Span::of(pixels, int(gridDim.x), int(blockIdx.x));
+  A* sums = reinterpret_cast<A*>(shared_memory());
+  A* products = sums + share.numbers(V);
+  for (int item = int(threadIdx.x); item < share.items(); item += kThreads) {
+    const int worker = item / share.across, channel = item % share.across * V;
+    A sum[V] = {}, product[V] = {};
+    for (int64_t p = span.first + worker; p < span.last; p += share.workers) {
+      A gradient[V], values[V];
+      read(p * channels + channel, channel, gradient, values);
+      NAS_UNROLL for (int v = 0; v < V; ++v) {
+        sum[v] += gradient[v];
+        product[v] += gradient[v] * values[v];
+      }
+    }
+    NAS_UNROLL for (int v = 0; v < V; ++v) {
+      sums[item * V + v] = sum[v];
+      products[item * V + v] = product[v];
+    }
+  }
+  __syncthreads();
+  for (int c = int(threadIdx.x); c < channels; c += kThreads) {
+    to[c] = column_sum(sums, share.workers, channels, c);
+    to[channels + c] = column_sum(products, share.workers, channels, c);
+  }
+}
+template <typename A>
+int64_t pairs_bytes(int channels, int vector) {
+  return 2 * int64_t(Share::of(channels, vector).numbers(vector)) * int64_t(sizeof(A));
+}
+
 // Coefficients from pairs of sums [chunk][2][channels], a warp a channel.
 template <typename P>
 struct SettlePairs {

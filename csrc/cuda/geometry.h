@@ -134,6 +134,10 @@ constexpr int kBlocks = 528;
 inline int chunks_for(int64_t units, int jobs) {
   return int(smaller<int64_t>(units, larger<int64_t>(1, divide_up(kBlocks, larger(jobs, 1)))));
 }
+constexpr int kStream = 1024;  // blocks of a launch that only passes over memory
+inline unsigned blocks_for(int64_t items) {
+  return unsigned(smaller<int64_t>(divide_up(items, kThreads), kStream));
+}
 // The units of `chunk`: first to last - 1.
 struct Span {
   int64_t first, last;
