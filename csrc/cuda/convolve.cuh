@@ -90,9 +90,13 @@ NAS_DEVICE void load_input(const Inputs<T>& in, int edge, int convolution, const
                            const Tiling& t, const Tile& tile, int first, int slab, Sum<T>* to) {
   const int stride = in.steps(edge, convolution).stride;
   in.with_input(edge, convolution, [&](const auto& read) {
-    load_region<V>(region, t, tile.image, tile.images, tile.y * stride - region.border,
-                   tile.x * stride - region.border, in.input_height(edge, convolution),
-                   in.input_width(edge, convolution), first, slab, to, read);
+    const Part part{tile.image,
+                    tile.images,
+                    tile.y * stride - region.border,
+                    tile.x * stride - region.border,
+                    in.input_height(edge, convolution),
+                    in.input_width(edge, convolution)};
+    load_region<V>(region, t, part, first, slab, to, read);
   });
 }
 

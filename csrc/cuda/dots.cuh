@@ -222,7 +222,7 @@ struct SettlePairs {
   int count = 0, chunks, channels;
   double numbers;   // of a channel
   bool training;
-  bool normalised;  // the products are with normalised numbers, of mean 0 and deviation 1
+  bool normalised;  // what the coefficients go with; the products are with normalised numbers
   const P *mean, *scale;
 };
 
@@ -238,7 +238,7 @@ NAS_KERNEL_OF(P)
   if (threadIdx.x % 32) return;
   const double scale = double(call.scale[job.statistic + c]);
   if (!call.normalised) {
-    store_coefficients(1.0, sum, product, call.numbers, call.training,
+    store_coefficients(1.0, sum, product / scale, call.numbers, call.training,
                        double(call.mean[job.statistic + c]), scale, call.channels, c,
                        job.coefficients);
     return;
