@@ -304,7 +304,7 @@ int64_t largest_region(const Inputs<T>& in, const Jobs& jobs, const Tiling& t) {
   return numbers;
 }
 
-// Tiles, groups and places of the sums of a launch; returns the bytes of shared memory that its blocks need.
+// Tiles, groups and where sums are; returns the bytes of shared memory that a launch's blocks need.
 template <typename T>
 int64_t plan(Convolve<T>& call) {
   const auto bytes = [&](const Tiling& t, int jobs) {

@@ -179,7 +179,9 @@ struct Stored {
  private:
   static constexpr int kQuad = 4;
 
-  NAS_DEVICE T* at(int place, int channel) const { return to + int64_t(place) * channels + channel; }
+  NAS_DEVICE T* at(int place, int channel) const {
+    return to + int64_t(place) * channels + channel;
+  }
 
   template <typename A, int kCount>
   NAS_DEVICE void store_rows(const Patch<A, kCount>& patch) const {
@@ -204,8 +206,7 @@ struct Stored {
     const int channel = first + patch.column - right * kQuad;
     NAS_UNROLL for (int i = 0; i < kHalf; ++i) {
       const uint64_t upper = packed<T>(patch.at[i]), lower = packed<T>(patch.at[kHalf + i]);
-      const uint64_t got =
-          __shfl_xor_sync(0xffffffffu, right ? upper : lower, patch.beside);
+      const uint64_t got = __shfl_xor_sync(0xffffffffu, right ? upper : lower, patch.beside);
       const int place = this->place(patch, right ? kHalf + i : i);
       if (place < 0) continue;
       const uint64_t both[2] = {right ? got : upper, right ? lower : got};

@@ -161,7 +161,8 @@ NAS_KERNEL_OF(T)
     stem_pairs(const __grid_constant__ StemBackward<T, Sum<T>> call, Sum<T>* to) {
   using A = Sum<T>;
   const int outputs = int(call.shape.outputs);
-  sum_pairs<V>(call.shape.images * call.shape.pixels(), outputs, to + int64_t(blockIdx.x) * 2 * outputs,
+  to += int64_t(blockIdx.x) * 2 * outputs;
+  sum_pairs<V>(call.shape.images * call.shape.pixels(), outputs, to,
                [&](int64_t at, int channel, A(&gradient)[V], A(&values)[V]) {
                  load<V>(call.output_gradient + at, gradient);
                  load<V>(call.convolution + at, values);
