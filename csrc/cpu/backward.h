@@ -63,8 +63,6 @@ class BackwardCell {
     shared_.for_blocks(chunk, [&](int64_t block) {
       Sixteen<S>* planes = shared_.states[s] + block * g.per_block(pixels);
       gather(g.lanes, block, from, pixels, planes, pixels);
-      std::fill(shared_.gradients[s] + block * g.per_block(pixels),
-                shared_.gradients[s] + (block + 1) * g.per_block(pixels), Vec<T>::zero());
       pools_.recall(s, block, thread);
     });
   }
@@ -74,12 +72,18 @@ class BackwardCell {
     if (target < kSources) pools_.settle(target);
     parallel(shared_.pool, shared_.geometry.chunks.count, [&](int64_t chunk, int64_t thread) {
       shared_.for_blocks(chunk, [&](int64_t block) {
-        if (target < kSources) pools_.gradient_to_state(target, block, thread);
+        if (target < kSources) finish_state(target, block, thread);
         collect_gradient(target, block, thread);
       });
     });
     merge_sums(shared_.geometry.lanes, shared_.node_sums[target - 2],
                shared_.node_totals[target - 2]);
+  }
+
+  // What all edges and the pools send back to the mixed channels of a state.
+  void finish_state(int s, int64_t block, int64_t thread) {
+    if (!edges_.reached(s)) shared_.clear_gradient(s, block);
+    pools_.gradient_to_state(s, block, thread);
   }
 
   void collect_gradient(int target, int64_t block, int64_t thread) {
@@ -123,7 +127,7 @@ class BackwardCell {
       const Images<S> to{state_gradients_ + s * g.shape.images * g.pixels * channels,
                          g.pixels * channels, channels};
       shared_.for_blocks(unit / 2, [&](int64_t block) {
-        pools_.gradient_to_state(s, block, thread);
+        finish_state(s, block, thread);
         if (g.shape.partial > 1) bypass_.complete_input(s, block, thread, to.at);
         const Vec<T>* planes = shared_.gradients[s] + block * g.per_block(g.pixels);
         scatter(g.lanes, block, planes, g.pixels, g.pixels, to);

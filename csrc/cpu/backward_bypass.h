@@ -128,7 +128,7 @@ class BypassBackward {
     Images<const S> state = passing(g, s, shared_.call.states, shared_.call.output, pooled_);
     state.at += image * state.image + y * g.node_width * state.pixel;
     const PassedRow<T> row(g, g.node_width);
-    with_edges<kNodes>(count, [&](auto edges) {
+    with_most<kNodes>(count, [&](auto edges) {
       if (weigh) {
         row.template send_back<edges, true>(gradients, weights, state, own, products + first, to);
       } else {

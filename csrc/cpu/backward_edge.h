@@ -4,7 +4,7 @@
 
 #pragma once
 
-#include "backward_pool.h"
+#include "backward_sums.h"
 #include "preprocess.h"
 
 namespace nas::NAS_ISA {
@@ -13,15 +13,15 @@ template <typename S, typename T>
 class EdgeBackward {
  public:
   EdgeBackward(const BackwardShared<S, T>& shared, const PoolBackward<S, T>& pools, Arena& arena)
-      : shared_(shared), pools_(pools),
-        weights_(shared.call.shape, shared.geometry.lanes, arena, true),
+      : shared_(shared),
+        weights_(shared.call.shape, shared.geometry.lanes, arena,
+                 !Kept<T>(shared.geometry).all, true),
+        outputs_(shared, weights_, arena),
+        sums_(shared, pools, outputs_, arena),
         weight_sums_(shared.call.shape, shared.geometry.lanes, shared.geometry.chunks, arena) {
-    const auto& g = shared.geometry;
-    const int64_t planes = g.lanes.blocks * g.lanes.groups;
-    for (auto& slot : between_gradients_) slot = arena.take<Sixteen<S>>(g.node_planes());
-    for (auto& slot : sums_) slot = arena.take<Vec<T>>(2 * planes);
-    for (auto& slot : coefficients_) slot = arena.take<Vec<T>>(3 * g.lanes.groups);
-    pair_sum_ = arena.take<double>(g.lanes.channels);
+    for (auto& slot : between_gradients_) {
+      slot = arena.take<Sixteen<S>>(shared.geometry.node_planes());
+    }
   }
 
   void pack_weights() {
@@ -39,151 +39,30 @@ class EdgeBackward {
         pass(s, target, chunk, thread);
       });
     };
-    prepare(s, target);
-    over_chunks([&](auto... arguments) { dot_products(arguments...); });
-    settle_outputs(s, target);
+    outputs_.find(s, target);
+    over_chunks([&](auto... arguments) { find_sums(arguments...); });
+    sums_.settle_outputs(s, target);
     over_chunks([&](auto... arguments) { second_convolutions(arguments...); });
-    settle_between(s, target);
+    sums_.settle_between(s, target);
     over_chunks([&](auto... arguments) { first_convolutions(arguments...); });
+    const bool* live = shared_.call.live[edge_of(s, target)];
+    reached_[s] = reached_[s] || any_first(live) || live[kSkip];
     if (!shared_.call.weights_gradient) return;
-    const bool reduces = shared_.call.live[edge_of(s, target)][kSkip];
     parallel(shared_.pool, kConvolutions + 1, [&](int64_t convolution, int64_t) {
-      weight_sums_.unpack(s, target, int(convolution), reduces, shared_.call.weights_gradient);
+      weight_sums_.unpack(s, target, int(convolution), live[kSkip],
+                          shared_.call.weights_gradient);
     });
   }
+
+  // Whether any edge has written the gradient of state `s` yet.
+  bool reached(int s) const { return reached_[s]; }
 
  private:
-  enum Slot { kA3, kA5, kY3, kY5, kD3, kD5, kReduced, kSlots };  // an edge's convolutions
-  enum Sum { kSumSkip = kSlots, kSumMax, kSumAverage, kSums };
-
-  static constexpr int slot_of(int convolution) {
-    constexpr int slots[] = {kA3, kY3, kA5, kY5, kD3, kD5};
-    return slots[convolution];
-  }
-
-  // Where an edge's convolutions were kept, and scale, shift and mean between those of the separable
-  // ones.
-  void prepare(int s, int target) {
-    const auto& g = shared_.geometry;
-    const Kept<T> kept(g);
-    const Sixteen<S>* planes = reinterpret_cast<const Sixteen<S>*>(shared_.call.kept);
-    for (int convolution = 0; convolution < kConvolutions; ++convolution) {
-      outputs_[slot_of(convolution)] =
-          planes + kept.convolution(edge_of(s, target), convolution);
-    }
-    if (g.stride(s) == 2) {
-      outputs_[kReduced] = planes + kept.reduced(reducing_slot(s, target));
-    }
-    for (int k = 0; k < 2; ++k) {
-      const int64_t at = shared_.statistics(s, target, kFirst[k].convolution);
-      for (int64_t group = 0; group < g.lanes.groups; ++group) {
-        const Vec<T> scale = in_lanes<T>(g.lanes, shared_.call.reciprocal_deviation + at, group);
-        Vec<T>* to = coefficients_[kA3 + k] + group;
-        to[0] = scale;
-        to[g.lanes.groups] = Vec<T>::zero() - shared_.mean(at, group) * scale;
-        to[2 * g.lanes.groups] = shared_.mean(at, group);
-      }
-    }
-  }
-
-  // Products of the node's gradient with all that an edge adds to the node; a piece of the gradient
-  // stays in the nearest cache for all of them.
-  void dot_products(int s, int target, int64_t chunk, int64_t) {
-    const auto& g = shared_.geometry;
-    constexpr int64_t piece = 64;
-    Factor factors[kOperations];
-    const int count = list_factors(s, target, factors);
+  void find_sums(int s, int target, int64_t chunk, int64_t thread) {
     shared_.for_blocks(chunk, [&](int64_t block) {
-      for (int64_t group = 0; group < g.lanes.groups; ++group) {
-        const int64_t at = shared_.node_block(block) + group * g.node_pixels;
-        const Sixteen<S>* gradient = shared_.nodes[target - 2] + at;
-        Vec<T> totals[kOperations], shifts[kOperations];
-        for (int i = 0; i < count; ++i) {
-          totals[i] = Vec<T>::zero();
-          const int64_t statistic = factors[i].statistic;
-          shifts[i] = statistic < 0 ? Vec<T>::zero() : shared_.mean(statistic, group);
-        }
-        for (int64_t x = 0; x < g.node_pixels; x += piece) {
-          const int64_t pixels = std::min(piece, g.node_pixels - x);
-          for (int i = 0; i < count; ++i) {
-            add_product(totals[i], gradient + x, factors[i].planes + at + x, shifts[i], pixels);
-          }
-        }
-        for (int i = 0; i < count; ++i) {
-          sums_[factors[i].sum][block * g.lanes.groups + group] = totals[i];
-        }
-      }
+      outputs_.recall(block, thread);
+      sums_.dot_products(s, target, block);
     });
-  }
-
-  struct Factor {
-    int sum;
-    const Sixteen<S>* planes;
-    int64_t statistic;  // what it is normalised by, or -1
-  };
-  int list_factors(int s, int target, Factor* factors) const {
-    const auto& shape = shared_.call.shape;
-    const bool* live = shared_.call.live[edge_of(s, target)];
-    int count = 0;
-    for (int operation = kSep3; operation <= kDil5; ++operation) {
-      if (!live[operation]) continue;
-      const int convolution = last_convolution(operation), slot = slot_of(convolution);
-      factors[count++] = {slot, outputs_[slot], shared_.statistics(s, target, convolution)};
-    }
-    if (live[kSkip] && shared_.geometry.stride(s) == 2) {
-      factors[count++] = {kReduced, outputs_[kReduced],
-                          shape.reduce_statistics(reducing_slot(s, target))};
-    } else if (live[kSkip] && shared_.call.operations_gradient) {
-      factors[count++] = {kSumSkip, shared_.states[s], -1};
-    }
-    for (int average = 0; average < 2; ++average) {
-      if (!live[kMaxPool + average]) continue;
-      factors[count++] = {kSumMax + average, pools_.planes(s, average),
-                          shape.pool_statistics(s, average)};
-    }
-    return count;
-  }
-
-  // The sums over the batch of one edge: gradients of the mixing weights, and what the gradients
-  // of the normalisations need.
-  void settle_outputs(int s, int target) {
-    const auto& g = shared_.geometry;
-    const int edge = edge_of(s, target);
-    const bool* live = shared_.call.live[edge];
-    const double* sum = shared_.node_totals[target - 2];
-    const auto settle = [&](int operation, int slot, int64_t at, double* product) {
-      merge_sums(g.lanes, sums_[slot], product);
-      if (shared_.call.operations_gradient) {
-        double total = 0;
-        for (int64_t c = 0; c < g.lanes.channels; ++c) {
-          total += product[c] * (at < 0 ? 1.0 : double(shared_.call.reciprocal_deviation[at + c]));
-        }
-        shared_.call.operations_gradient[edge * kOperations + operation] = T(total);
-      }
-      if (slot < kSlots) {
-        shared_.store_coefficients(double(shared_.weight(edge, operation)), at, sum, product,
-                                   coefficients_[slot]);
-      }
-    };
-    for (int operation = kSep3; operation <= kDil5; ++operation) {
-      if (!live[operation]) continue;
-      const int convolution = last_convolution(operation);
-      settle(operation, slot_of(convolution), shared_.statistics(s, target, convolution),
-             shared_.product);
-    }
-    if (live[kSkip]) {
-      if (g.stride(s) == 2) {
-        settle(kSkip, kReduced, shared_.call.shape.reduce_statistics(reducing_slot(s, target)),
-               shared_.product);
-      } else if (shared_.call.operations_gradient) {
-        settle(kSkip, kSumSkip, -1, shared_.product);
-      }
-    }
-    for (int average = 0; average < 2; ++average) {
-      if (!live[kMaxPool + average]) continue;
-      settle(kMaxPool + average, kSumMax + average, shared_.call.shape.pool_statistics(s, average),
-             pools_.product(edge, average));
-    }
   }
 
   // Rows whose gradients are taken together: enough pixels for the weight gradients to pay.
@@ -201,23 +80,26 @@ class EdgeBackward {
     Vec<T>* strip = own.gradient;
     Vec<T>* between = strip + g.per_block(g.node_pixels);
     const Pointwise<T>& pointwise = weights_.pointwise();
-    const int slot = slot_of(convolution);
     const int64_t rows = strip_rows();
+    const Vec<T>* recalled = outputs_.depthwise(convolution, block);
     for (int64_t y = 0; y < g.node_height; y += rows) {
       const int64_t count = std::min(rows, g.node_height - y);
       const int64_t first = y * g.node_width, pixels = count * g.node_width;
-      shared_.gradient_of(coefficients_[slot], block, gradient,
-                          outputs_[slot] + shared_.node_block(block), first, pixels, strip);
+      shared_.gradient_of(sums_.coefficients(convolution), block, shared_.read(gradient),
+                          outputs_.convolution(convolution) + shared_.node_block(block), first,
+                          pixels, strip);
       for (int64_t row = 0; row < count; ++row) {
         pointwise.row(strip + row * g.node_width, pixels, weights_.transposed(edge, convolution),
                       padded.row(0, y + row), padded.plane(), g.node_width);
       }
-      if (shared_.call.weights_gradient) {
+      if (!shared_.call.weights_gradient) continue;
+      if (!recalled) {
         depthwise_rows(depthwise, input, weights_.taps(edge, convolution), y, count, g.node_width,
-                       between);
-        pointwise.weight_gradient(between, pixels, strip, pixels, pixels,
-                                  weight_sums_.matrix(chunk, convolution));
+                       between, pixels);
       }
+      pointwise.weight_gradient(recalled ? recalled + first : between,
+                                recalled ? g.node_pixels : pixels, strip, pixels, pixels,
+                                weight_sums_.matrix(chunk, convolution));
     }
     if (!shared_.call.weights_gradient) return;
     for (int64_t group = 0; group < g.lanes.groups; ++group) {
@@ -266,7 +148,7 @@ class EdgeBackward {
         if (!live[kSecond[k].operation]) continue;
         const int convolution = kSecond[k].convolution;
         const auto depthwise = Depthwise<T>::choose(kSecond[k].size, 1, 1);
-        if (shared_.call.weights_gradient) rectify_between(k, block, second);
+        if (shared_.call.weights_gradient) outputs_.rectify_between(k, block, second);
         gradient_into(padded, edge, convolution, depthwise, block, chunk, second, gradient, own);
         Vec<T> turned[25];
         for (int64_t group = 0; group < g.lanes.groups; ++group) {
@@ -278,6 +160,7 @@ class EdgeBackward {
         }
       }
       if (!reducing) return;
+      if (!reached_[s]) shared_.clear_gradient(s, block);
       rectify(shared_.states[s] + block * g.per_block(g.state_pixels(s)), input);
       reduce_back(s, target, block, chunk, input, gradient, own);
     });
@@ -288,15 +171,16 @@ class EdgeBackward {
                     const Vec<T>* row) {
     const auto& g = shared_.geometry;
     const int64_t at = shared_.node_block(block) + group * g.node_pixels + y * g.node_width;
-    const Sixteen<S>* first = outputs_[kA3 + k] + at;
+    const Sixteen<S>* first = outputs_.convolution(kFirst[k].convolution) + at;
     Sixteen<S>* to = between_gradients_[k] + at;
-    const Vec<T>* normalise = coefficients_[kA3 + k] + group;  // see prepare()
+    const Vec<T>* normalise = outputs_.between(k) + group;
     const Vec<T> scale = normalise[0], shift = normalise[g.lanes.groups];
     const Vec<T> centre = normalise[2 * g.lanes.groups];
-    Vec<T>* sum = sums_[kA3 + k] + (block * g.lanes.groups + group) * 2;
+    Vec<T>* sum = sums_.between(k, block, group);
     if (y == 0) sum[0] = sum[1] = Vec<T>::zero();
     Vec<T> total = sum[0], product = sum[1];
     for (int64_t x = 0; x < g.node_width; ++x) {
+      prefetch(first + x + kAhead);
       const Vec<T> value = widen(first[x]);
       const Vec<T> gradient = keep(to[x], relu_gradient(row[x], value * scale + shift));
       total += gradient;
@@ -313,8 +197,8 @@ class EdgeBackward {
     const Pointwise<T>& pointwise = weights_.pointwise();
     const int slot = reducing_slot(s, target);
     const int64_t width = g.node_width;
-    shared_.gradient_of(coefficients_[kReduced], block, gradient,
-                        outputs_[kReduced] + shared_.node_block(block), 0, g.node_pixels,
+    shared_.gradient_of(sums_.reduced(), block, shared_.read(gradient),
+                        outputs_.reduced() + shared_.node_block(block), 0, g.node_pixels,
                         own.gradient);
     Vec<T>* half = own.row + g.lanes.groups * width;
     for (int odd = 0; odd < 2; ++odd) {
@@ -346,25 +230,15 @@ class EdgeBackward {
     }
   }
 
-  // Coefficients of the first convolutions of the separable ones.
-  void settle_between(int s, int target) {
-    const bool* live = shared_.call.live[edge_of(s, target)];
-    for (int k = 0; k < 2; ++k) {
-      if (!live[kFirst[k].operation]) continue;
-      merge_pairs(sums_[kA3 + k]);
-      shared_.store_coefficients(1.0, shared_.statistics(s, target, kFirst[k].convolution),
-                                 pair_sum_, shared_.product, coefficients_[kA3 + k]);
-    }
-  }
-
   // Gradients of the convolutions that look at an edge's input, and of a plain skip connection: added
-  // to the state's once.
+  // to the state's, which the first edge writes.
   void first_convolutions(int s, int target, int64_t chunk, int64_t thread) {
     const auto& g = shared_.geometry;
     const int edge = edge_of(s, target);
     const bool* live = shared_.call.live[edge];
     const bool skips = live[kSkip] && g.stride(s) == 1;
     if (!any_first(live) && !skips) return;
+    const bool begins = !reached_[s] && !(live[kSkip] && g.stride(s) == 2);  // or reduce_back() has
     const Vec<T> skip = Vec<T>::splat(shared_.weight(edge, kSkip));
     const Scratch<T> own = shared_.scratch(thread);
     const Padded<T> input = g.rectified(own.rectified, s);
@@ -399,51 +273,36 @@ class EdgeBackward {
           const int64_t row = y * input.width, at = group * g.state_pixels(s) + row;
           const Sixteen<S>* mask = state + at;
           const Sixteen<S>* gradient = shared_.nodes[target - 2] + shared_.node_block(block) + at;
+          const auto give = [&](auto&& value) NAS_INLINED {
+            if (begins) {
+              for (int64_t x = 0; x < input.width; ++x) to[row + x] = value(x);
+            } else {
+              for (int64_t x = 0; x < input.width; ++x) to[row + x] += value(x);
+            }
+          };
           if (!begun) {
-            for (int64_t x = 0; x < input.width; ++x) to[row + x] += skip * widen(gradient[x]);
+            give([&](int64_t x) NAS_INLINED { return skip * widen(gradient[x]); });
           } else if (!skips) {
-            for (int64_t x = 0; x < input.width; ++x) {
-              to[row + x] += relu_gradient<T>(own.row[x], widen(mask[x]));
-            }
+            give([&](int64_t x) NAS_INLINED {
+              return relu_gradient<T>(own.row[x], widen(mask[x]));
+            });
           } else {
-            for (int64_t x = 0; x < input.width; ++x) {
-              to[row + x] += relu_gradient<T>(own.row[x], widen(mask[x])) + skip * widen(gradient[x]);
-            }
+            give([&](int64_t x) NAS_INLINED {
+              return relu_gradient<T>(own.row[x], widen(mask[x])) + skip * widen(gradient[x]);
+            });
           }
         }
       }
     });
   }
 
-  void rectify_between(int k, int64_t block, const Padded<T>& to) const {
-    const Vec<T>* scale = coefficients_[kA3 + k];
-    normalise_and_rectify(outputs_[kA3 + k] + shared_.node_block(block), scale,
-                          scale + shared_.geometry.lanes.groups, to);
-  }
-
-  void merge_pairs(const Vec<T>* pairs) {
-    const auto& g = shared_.geometry;
-    std::fill(pair_sum_, pair_sum_ + g.lanes.channels, 0.0);
-    std::fill(shared_.product, shared_.product + g.lanes.channels, 0.0);
-    for (int64_t block = 0; block < g.lanes.blocks; ++block) {
-      for (int64_t group = 0; group < g.lanes.groups; ++group) {
-        const Vec<T>* pair = pairs + (block * g.lanes.groups + group) * 2;
-        add_lanes(g.lanes, g.lanes.images_of(block), group, pair[0], pair_sum_);
-        add_lanes(g.lanes, g.lanes.images_of(block), group, pair[1], shared_.product);
-      }
-    }
-  }
-
   const BackwardShared<S, T>& shared_;
-  const PoolBackward<S, T>& pools_;
   EdgeWeights<T> weights_;
+  EdgeOutputs<S, T> outputs_;
+  EdgeSums<S, T> sums_;
   EdgeWeightGradients<T> weight_sums_;
-  // Of the edge at hand:
-  const Sixteen<S>* outputs_[kSlots];          // as the forward pass kept them
-  Sixteen<S>* between_gradients_[2];           // between the convolutions of the separable ones
-  Vec<T>* sums_[kSums];                        // [block][group], pairs for the first convolutions
-  Vec<T>* coefficients_[kSlots];
-  double* pair_sum_;
+  Sixteen<S>* between_gradients_[2];  // of the edge at hand, between two convolutions in a row
+  bool reached_[kSources] = {};
 };
 
 }  // namespace nas::NAS_ISA

@@ -72,19 +72,7 @@ class PoolBackward {
     Vec<T>* mixed = shared_.scratch(thread).gradient;
     const int64_t at = shared_.node_block(block);
     for (int average = 0; average < 2; ++average) {
-      Vec<T>* to = mixed + average * g.per_block(g.node_pixels);
-      std::fill(to, to + g.per_block(g.node_pixels), Vec<T>::zero());
-      for (int target = std::max(2, s + 1); target < kStates; ++target) {
-        const int edge = edge_of(s, target);
-        if (!shared_.call.live[edge][kMaxPool + average]) continue;
-        const Vec<T> factor = Vec<T>::splat(shared_.weight(edge, kMaxPool + average));
-        const Sixteen<S>* gradient = shared_.nodes[target - 2] + at;
-        for (int64_t x = 0; x < g.per_block(g.node_pixels); ++x) {
-          to[x] += factor * widen(gradient[x]);
-        }
-      }
-      shared_.gradient_of(coefficients_[s][average], block, to, pools_[s][average] + at, 0,
-                          g.node_pixels, to);
+      gradient_of(s, average, block, mixed + average * g.per_block(g.node_pixels));
     }
     for (int64_t group = 0; group < g.lanes.groups; ++group) {
       const int64_t plane = (block * g.lanes.groups + group) * g.state_pixels(s);
@@ -98,6 +86,33 @@ class PoolBackward {
   }
 
  private:
+  // The gradient of a state's maxima or averages, from all edges that add them to a node.
+  void gradient_of(int s, int average, int64_t block, Vec<T>* to) const {
+    const auto& g = shared_.geometry;
+    const int64_t at = shared_.node_block(block);
+    const Sixteen<S>* gradients[kNodes];
+    Vec<T> factors[kNodes];
+    int count = 0;
+    for (int target = std::max(2, s + 1); target < kStates; ++target) {
+      const int edge = edge_of(s, target);
+      if (!shared_.call.live[edge][kMaxPool + average]) continue;
+      factors[count] = Vec<T>::splat(shared_.weight(edge, kMaxPool + average));
+      gradients[count++] = shared_.nodes[target - 2] + at;
+    }
+    if (!count) return std::fill(to, to + g.per_block(g.node_pixels), Vec<T>::zero());
+    with_most<kNodes>(count, [&](auto nodes) NAS_INLINED {
+      const auto sum = [&](int64_t i) NAS_INLINED {
+        Vec<T> total = factors[0] * widen(gradients[0][i]);
+        NAS_UNROLL for (int node = 1; node < nodes; ++node) {
+          total += factors[node] * widen(gradients[node][i]);
+        }
+        return total;
+      };
+      shared_.gradient_of(coefficients_[s][average], block, sum, pools_[s][average] + at, 0,
+                          g.node_pixels, to);
+    });
+  }
+
   const BackwardShared<S, T>& shared_;
   Sixteen<S>* pools_[kSources][2];
   Vec<T>* coefficients_[kSources][2];

@@ -72,6 +72,10 @@ struct BackwardShared {
   void for_blocks(int64_t chunk, F&& f) const {
     for (int64_t b = geometry.chunks.begin(chunk); b < geometry.chunks.end(chunk); ++b) f(b);
   }
+  void clear_gradient(int s, int64_t block) const {
+    const int64_t size = geometry.per_block(geometry.state_pixels(s));
+    std::fill(gradients[s] + block * size, gradients[s] + (block + 1) * size, Vec<T>::zero());
+  }
   int64_t node_block(int64_t block) const {
     return block * geometry.per_block(geometry.node_pixels);
   }
@@ -106,10 +110,18 @@ struct BackwardShared {
     }
   }
 
-  // dy of the formula at the top, for rows of one block: [group][pixel]. Lanes of missing images
-  // stay zero.
-  template <typename M>
-  void gradient_of(const Vec<T>* coefficients, int64_t block, const M* gradient,
+  // A block of the gradient of a node, for gradient_of().
+  static auto read(const Sixteen<S>* gradient) {
+    return [gradient](int64_t i) NAS_INLINED {
+      prefetch(gradient + i + 2 * kAhead);
+      return widen(gradient[i]);
+    };
+  }
+
+  // dy of the formula at the top, for rows of one block: [group][pixel]. gradient(i) gives the block's
+  // i-th Vec of g. Lanes of missing images stay zero.
+  template <typename Gradient>
+  void gradient_of(const Vec<T>* coefficients, int64_t block, Gradient&& gradient,
                    const Sixteen<S>* planes, int64_t first, int64_t pixels, Vec<T>* to) const {
     const auto& g = geometry;
     for (int64_t group = 0; group < g.lanes.groups; ++group) {
@@ -117,14 +129,15 @@ struct BackwardShared {
       const Vec<T> a = without_missing(g.lanes, block, at[0]);
       const Vec<T> d = without_missing(g.lanes, block, at[g.lanes.groups]);
       const Vec<T> b = without_missing(g.lanes, block, at[2 * g.lanes.groups]);
-      const M* from = gradient + group * g.node_pixels + first;
-      const Sixteen<S>* plane = planes + group * g.node_pixels + first;
+      const int64_t start = group * g.node_pixels + first;
+      const Sixteen<S>* plane = planes + start;
       if (!call.training) {  // d and b are zero, which would make NaN of infinity
-        for (int64_t x = 0; x < pixels; ++x) to[group * pixels + x] = a * widen(from[x]);
+        for (int64_t x = 0; x < pixels; ++x) to[group * pixels + x] = a * gradient(start + x);
         continue;
       }
       for (int64_t x = 0; x < pixels; ++x) {
-        to[group * pixels + x] = a * widen(from[x]) + (d * widen(plane[x]) + b);
+        prefetch(plane + x + 2 * kAhead);
+        to[group * pixels + x] = a * gradient(start + x) + (d * widen(plane[x]) + b);
       }
     }
   }

@@ -17,20 +17,6 @@ Images<const S> passing(const Geometry<T>& g, int s, const S* states, const S* o
   return {from + s * g.shape.images * pixels * channels, pixels * channels, channels};
 }
 
-// These loops wait for memory: they ask for the pixel `kAhead` later.
-constexpr int64_t kAhead = 12;
-template <typename T> NAS_INLINE void prefetch(const T* at) { __builtin_prefetch(at); }
-
-// Calls f with `count`, from 1 to Most, as a constant, so that a loop over edges is unrolled and its
-// weights stay in registers.
-template <int Most, typename F>
-NAS_INLINE void with_edges(int count, F&& f) {
-  if constexpr (Most > 1) {
-    if (count < Most) return with_edges<Most - 1>(count, f);
-  }
-  f(std::integral_constant<int, Most>{});
-}
-
 // The channels that pass edges by, of a row of pixels: the Vecs from channel `start` on. The first
 // of them may begin with mixed channels, where `mask` is zero.
 template <typename T>

@@ -18,7 +18,20 @@ NAS_INLINE void for_columns(int64_t begin, int64_t width, Block&& block) {
   if constexpr (Count > 1) for_columns<Count / 2>(x, width, block);
 }
 
-// out[x] (+)= sum over taps of taps[ky * K + kx] * in[ky * D * pitch + x * S + kx * D]
+// sum[i] += sum over taps of taps[ky * K + kx] * in[ky * D * pitch + i * S + kx * D]
+template <int K, int D, int S, int Count, typename T>
+NAS_INLINE void depthwise_block(const Vec<T>* in, int64_t pitch, const Vec<T>* taps,
+                                Vec<T> (&sum)[Count]) {
+  NAS_UNROLL for (int ky = 0; ky < K; ++ky) {
+    const Vec<T>* row = in + ky * D * pitch;
+    NAS_UNROLL for (int kx = 0; kx < K; ++kx) {
+      const Vec<T> tap = taps[ky * K + kx];
+      NAS_UNROLL for (int i = 0; i < Count; ++i) sum[i] += tap * row[i * S + kx * D];
+    }
+  }
+}
+
+// out[x] (+)= that, from in[x * S] on.
 template <int K, int D, int S, typename T>
 void depthwise_row(const Vec<T>* in, int64_t pitch, const Vec<T>* taps, Vec<T>* out, int64_t width,
                    bool accumulate) {
@@ -26,13 +39,7 @@ void depthwise_row(const Vec<T>* in, int64_t pitch, const Vec<T>* taps, Vec<T>* 
     constexpr int count = decltype(block)::value;
     Vec<T> sum[count];
     NAS_UNROLL for (int i = 0; i < count; ++i) sum[i] = accumulate ? out[x + i] : Vec<T>::zero();
-    NAS_UNROLL for (int ky = 0; ky < K; ++ky) {
-      const Vec<T>* row = in + ky * D * pitch + x * S;
-      NAS_UNROLL for (int kx = 0; kx < K; ++kx) {
-        const Vec<T> tap = taps[ky * K + kx];
-        NAS_UNROLL for (int i = 0; i < count; ++i) sum[i] += tap * row[i * S + kx * D];
-      }
-    }
+    depthwise_block<K, D, S>(in + x * S, pitch, taps, sum);
     NAS_UNROLL for (int i = 0; i < count; ++i) out[x + i] = sum[i];
   });
 }

@@ -4,6 +4,7 @@
 
 #include "layout.h"
 #include "pool.h"
+#include "separable.h"
 #include "weights.h"
 
 namespace nas::NAS_ISA {
@@ -71,32 +72,41 @@ void normalise_and_rectify(const M* planes, const Vec<T>* scale, const Vec<T>* s
   }
 }
 
-// `count` rows of a depthwise convolution from row y on, into to [group][row][column].
+// `count` rows of a depthwise convolution from row y on, into to [group][row][column], groups
+// `plane` apart.
 template <typename T>
 void depthwise_rows(const Depthwise<T>& depthwise, const Padded<T>& in, const Vec<T>* taps,
-                    int64_t y, int64_t count, int64_t width, Vec<T>* to) {
+                    int64_t y, int64_t count, int64_t width, Vec<T>* to, int64_t plane) {
   for (int64_t g = 0; g < in.groups; ++g) {
     const Vec<T>* from = in.first_tap(g, depthwise.padding());
     for (int64_t row = y; row < y + count; ++row) {
       depthwise.row(from + row * depthwise.stride * in.pitch(), in.pitch(),
-                    taps + g * depthwise.taps(), to + (g * count + row - y) * width, width, false);
+                    taps + g * depthwise.taps(), to + g * plane + (row - y) * width, width, false);
     }
   }
 }
 
-// A depthwise and a pointwise convolution of one block, row by row: what the first gives, in `row`
-// [group][width] (and as much again, to round in), stays in the nearest cache. After each row of
-// `out`, on_row(y).
+// A depthwise and a pointwise convolution of one block, row by row. What the first gives goes to
+// `between` [group][pixel] or, if that is null, stays in the nearest cache: `row` is scratch of
+// [2][group][width]. After each row of `out`, on_row(y).
 template <typename T, typename M, typename OnRow>
 void convolve(const Depthwise<T>& depthwise, const Pointwise<T>& pointwise, const Padded<T>& in,
               const Vec<T>* taps, const Vec<T>* matrix, int64_t height, int64_t width,
-              Vec<T>* row, M* out, OnRow&& on_row) {
-  Vec<T>* spare = row + in.groups * width;
+              Vec<T>* row, std::type_identity_t<Vec<T>>* between, M* out, OnRow&& on_row) {
+  const auto separable = choose_separable(depthwise, pointwise.channels);
+  const int64_t plane = between ? height * width : width;
   for (int64_t y = 0; y < height; ++y) {
-    depthwise_rows(depthwise, in, taps, y, 1, width, row);
-    write_rows(out + y * width, height * width, in.groups, width, spare,
-               [&](Vec<T>* to, int64_t plane) {
-                 pointwise.row(row, width, matrix, to, plane, width);
+    write_rows(out + y * width, height * width, in.groups, width, row + in.groups * width,
+               [&](Vec<T>* to, int64_t out_plane) {
+                 Vec<T>* part = between ? between + y * width : separable ? nullptr : row;
+                 if (separable) {
+                   separable(in.first_tap(0, depthwise.padding()) +
+                                 y * depthwise.stride * in.pitch(),
+                             in.pitch(), taps, matrix, part, to, width);
+                 } else {
+                   depthwise_rows(depthwise, in, taps, y, 1, width, part, plane);
+                   pointwise.row(part, plane, matrix, to, out_plane, width);
+                 }
                });
     on_row(y);
   }
@@ -183,18 +193,25 @@ struct Geometry {
   }
 };
 
-// What a forward pass keeps of its convolutions, in planes over the whole batch: all six of each
-// edge before their normalisation, and those of the skip connections that reduce.
+// What a forward pass keeps of its convolutions before their normalisation, in planes over the whole
+// batch: those of each edge and of the skip connections that reduce. Where one Vec holds all
+// channels of a pixel, products are cheap and planes are large: there backward finds only the first
+// of two convolutions in a row, and computes the others again.
 template <typename T>
 struct Kept {
   int64_t planes;  // Vecs of one convolution
-  bool reduction;
+  bool all, reduction;
 
-  explicit Kept(const Geometry<T>& g) : planes(g.node_planes()), reduction(g.shape.reduction) {}
-  int64_t convolution(int edge, int convolution) const {
-    return (edge * kConvolutions + convolution) * planes;
+  explicit Kept(const Geometry<T>& g)
+      : planes(g.node_planes()), all(g.lanes.groups > 1), reduction(g.shape.reduction) {}
+  bool has(int convolution) const {
+    return all || convolution == kSep3A || convolution == kSep5A;
   }
-  int64_t reduced(int slot) const { return (kEdges * kConvolutions + slot) * planes; }
+  int64_t of_edge() const { return all ? kConvolutions : 2; }
+  int64_t convolution(int edge, int convolution) const {
+    return (edge * of_edge() + (all ? convolution : convolution / kSep5A)) * planes;
+  }
+  int64_t reduced(int slot) const { return (kEdges * of_edge() + slot) * planes; }
   int64_t size() const { return reduced(reduction ? kReducing : 0); }
 };
 

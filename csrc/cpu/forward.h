@@ -19,7 +19,7 @@ class ForwardCell {
  public:
   ForwardCell(const CellForward<S, T>& call, const ThreadPool& pool, void* workspace)
       : call_(call), pool_(pool), geometry_(call.shape), arena_(workspace),
-        weights_(call.shape, geometry_.lanes, arena_, false),
+        weights_(call.shape, geometry_.lanes, arena_, true, false),
         preprocess_(call.shape, pool.threads, arena_, false),
         bypass_(call, geometry_, pool, arena_) {
     const auto& g = geometry_;
@@ -119,7 +119,10 @@ class ForwardCell {
     };
     for (const Branch* branches : {kFirst, kFirst + 2, kSecond}) {
       for (int k = 0; k < 2; ++k) {
-        if (!live[branches[k].operation]) clear(kept.convolution(edge, branches[k].convolution));
+        const int convolution = branches[k].convolution;
+        if (!live[branches[k].operation] && kept.has(convolution)) {
+          clear(kept.convolution(edge, convolution));
+        }
       }
     }
     if (geometry_.stride(s) == 2 && !live[kSkip]) clear(kept.reduced(reducing_slot(s, target)));
@@ -147,7 +150,8 @@ class ForwardCell {
     const Kept<T> kept(geometry_);
     Sixteen<S>* planes = reinterpret_cast<Sixteen<S>*>(call_.kept);
     for (int k = 0; k < 4; ++k) {
-      kept_[k] = planes + kept.convolution(edge, last_convolution(kFirst[k].operation));
+      const int convolution = last_convolution(kFirst[k].operation);
+      kept_[k] = kept.has(convolution) ? planes + kept.convolution(edge, convolution) : nullptr;
     }
     for (int k = 0; k < 2; ++k) {
       first_kept_[k] = planes + kept.convolution(edge, kFirst[k].convolution);
@@ -177,8 +181,8 @@ class ForwardCell {
         Sixteen<S>* kept = k < 2 ? first_kept_[k] : kept_[k];
         convolve(Depthwise<T>::choose(kFirst[k].size, kFirst[k].dilation, int(g.stride(s))),
                  weights_.pointwise(), input, weights_.taps(edge, kFirst[k].convolution),
-                 weights_.matrix(edge, kFirst[k].convolution), g.node_height, g.node_width,
-                 row, out, [&](int64_t y) { finish_row(moments_[k], block, out, y, kept); });
+                 weights_.matrix(edge, kFirst[k].convolution), g.node_height, g.node_width, row,
+                 nullptr, out, [&](int64_t y) { finish_row(moments_[k], block, out, y, kept); });
       }
       if (reducing) {
         const int slot = reducing_slot(s, target);
@@ -219,6 +223,7 @@ class ForwardCell {
     const bool* live = call_.live[edge];
     if (!live[kSep3] && !live[kSep5]) return;
     const Padded<T> input = g.between(second_ + thread * between_size_);
+    Vec<T>* row = rows_ + thread * row_size_;
     for_blocks(chunk, [&](int64_t block) {
       for (int k = 0; k < 2; ++k) {
         if (!live[kSecond[k].operation]) continue;
@@ -228,8 +233,8 @@ class ForwardCell {
         normalise_and_rectify(outputs_[k] + at, scale, scale + g.lanes.groups, input);
         convolve(Depthwise<T>::choose(kSecond[k].size, 1, 1), weights_.pointwise(), input,
                  weights_.taps(edge, kSecond[k].convolution),
-                 weights_.matrix(edge, kSecond[k].convolution), g.node_height, g.node_width,
-                 rows_ + thread * row_size_, planes,
+                 weights_.matrix(edge, kSecond[k].convolution), g.node_height, g.node_width, row,
+                 nullptr, planes,
                  [&](int64_t y) { finish_row(moments_[k], block, planes, y, kept_[k]); });
       }
     });

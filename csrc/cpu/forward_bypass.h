@@ -47,7 +47,7 @@ class BypassForward {
         from[s] = passing(g, s, call_.states, call_.output, pooled_);
         from[s].at += image * from[s].image + first * from[s].pixel;
       }
-      with_edges<kSources>(target, [&](auto edges) {
+      with_most<kSources>(target, [&](auto edges) {
         passed_row.template add_up<edges>(from, call_.bypass + first_edge(target), passed);
       });
       S* to = node.at + image * node.image + first * node.pixel;

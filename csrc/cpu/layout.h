@@ -297,20 +297,6 @@ void merge_moments(const Layout& layout, const Moments<T>* moments, int64_t pixe
   }
 }
 
-// total += a * (b - shift), over a row.
-template <typename T, typename M>
-NAS_INLINE void add_product(Vec<T>& total, const M* a, const M* b, const Vec<T>& shift,
-                            int64_t width) {
-  Vec<T> even = total, odd = Vec<T>::zero();
-  int64_t x = 0;
-  for (; x + 2 <= width; x += 2) {
-    even += widen(a[x]) * (widen(b[x]) - shift);
-    odd += widen(a[x + 1]) * (widen(b[x + 1]) - shift);
-  }
-  if (x < width) even += widen(a[x]) * (widen(b[x]) - shift);
-  total = even + odd;
-}
-
 // Sums over a batch of what [block][group] of Vec hold.
 template <typename T>
 void merge_sums(const Layout& layout, const Vec<T>* sums, double* totals) {

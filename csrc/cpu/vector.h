@@ -21,6 +21,20 @@ constexpr bool kManyRegisters = NAS_VECTOR_BYTES == 64;  // 32 vector registers 
 // Pixels whose accumulators fit into the registers beside weights and inputs.
 constexpr int kPixels = kManyRegisters ? 8 : NAS_VECTOR_BYTES == 32 ? 4 : 2;
 
+// Calls f with `count`, from 1 to Most, as a constant, or with Most if there are more: a loop over so
+// many is unrolled and what it adds up stays in registers.
+template <int Most, typename F>
+NAS_INLINE void with_most(int count, F&& f) {
+  if constexpr (Most > 1) {
+    if (count < Most) return with_most<Most - 1>(count, f);
+  }
+  f(std::integral_constant<int, Most>{});
+}
+
+// Loops that wait for memory ask for the pixel `kAhead` later.
+constexpr int64_t kAhead = 12;
+template <typename T> NAS_INLINE void prefetch(const T* at) { __builtin_prefetch(at); }
+
 template <typename T> struct Register;
 template <> struct Register<float> {
   typedef float type __attribute__((vector_size(NAS_VECTOR_BYTES), may_alias));

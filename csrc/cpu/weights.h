@@ -55,14 +55,21 @@ void pack_transposed(const T* from, int64_t in, int64_t out, Vec<T>* to) {
 template <typename T>
 class EdgeWeights {
  public:
-  EdgeWeights(const CellShape& shape, const Layout& layout, Arena& arena, bool transposed)
-      : shape_(shape), layout_(layout), pointwise_{layout.group, layout.groups, layout.channels} {
+  // `plain` for convolutions, `transposed` for their gradients.
+  EdgeWeights(const CellShape& shape, const Layout& layout, Arena& arena, bool plain,
+              bool transposed)
+      : shape_(shape), layout_(layout), pointwise_{layout.group, layout.groups, layout.channels},
+        plain_(plain), turned_(transposed) {
+    const int64_t matrices = kEdges * kConvolutions * pointwise_.weights();
+    const int64_t halves = kReducing * 2 * pointwise_.weights();
     taps_ = arena.take<Vec<T>>(kEdges * kTaps * layout.groups);
-    matrices_ = arena.take<Vec<T>>(kEdges * kConvolutions * pointwise_.weights());
-    reduce_ = arena.take<Vec<T>>(kReducing * 2 * pointwise_.weights());
+    if (plain) {
+      matrices_ = arena.take<Vec<T>>(matrices);
+      reduce_ = arena.take<Vec<T>>(halves);
+    }
     if (transposed) {
-      transposed_ = arena.take<Vec<T>>(kEdges * kConvolutions * pointwise_.weights());
-      reduce_transposed_ = arena.take<Vec<T>>(kReducing * 2 * pointwise_.weights());
+      transposed_ = arena.take<Vec<T>>(matrices);
+      reduce_transposed_ = arena.take<Vec<T>>(halves);
     }
   }
 
@@ -98,17 +105,19 @@ class EdgeWeights {
         }
       }
       const T* from = weights + shape_.pointwise() + (edge * kConvolutions + convolution) * c * c;
-      pack_square(from, 0, c, matrix(edge, convolution), false);
-      if (transposed_) pack_square(from, 0, c, transposed(edge, convolution), true);
+      if (plain_) pack_square(from, 0, c, matrix(edge, convolution), false);
+      if (turned_) pack_square(from, 0, c, transposed(edge, convolution), true);
     }
     if (shape_.reduction && source < 2) {
       // Each half of the outputs sees the even or the odd pixels: zeros elsewhere.
       const int slot = reducing_slot(source, target);
       const T* from = weights + shape_.reduce() + slot * c * c;
       const int64_t half = c / 2;
-      pack_square(from, 0, half, reduce(slot, 0), false);
-      pack_square(from, half, c, reduce(slot, 1), false);
-      if (transposed_) {
+      if (plain_) {
+        pack_square(from, 0, half, reduce(slot, 0), false);
+        pack_square(from, half, c, reduce(slot, 1), false);
+      }
+      if (turned_) {
         pack_square(from, 0, half, reduce_transposed(slot, 0), true);
         pack_square(from, half, c, reduce_transposed(slot, 1), true);
       }
@@ -142,6 +151,7 @@ class EdgeWeights {
   CellShape shape_;
   Layout layout_;
   Pointwise<T> pointwise_;
+  bool plain_, turned_;
   Vec<T>* taps_ = nullptr;
   Vec<T>* matrices_ = nullptr;
   Vec<T>* reduce_ = nullptr;

@@ -177,9 +177,10 @@ def _convolutions(images: int, pixels: int, channels: int, reduction: bool, lane
 
     ``lanes`` channels of an image lie together, or with fewer channels, those of several images
     (csrc/cpu/layout.h, Layout). A GPU has no such lanes, 1, and does not keep the second ones of
-    the separable convolutions (csrc/cuda/geometry.h).
+    the separable convolutions (csrc/cuda/geometry.h); a processor keeps the first ones of these
+    alone, or with more channels than lanes everything.
     """
-    each = 4 if lanes == 1 else 6
+    each = 4 if lanes == 1 else 2 if channels <= lanes else 6
     convolutions = each * len(EDGES) + (len(REDUCING) if reduction else 0)
     if channels >= lanes:
         return convolutions * images * pixels * lanes * -(-channels // lanes)
