@@ -60,7 +60,7 @@ class Backward {
   }
   // Of states of one size.
   void recall_pools(int first, int last) {
-    Convolve<T> work{inputs(), {}, {}, {}, 0, nullptr, {}, {}, nullptr};
+    Convolve<T> work{inputs(), {}, {}, {}, 0, 0, nullptr, {}, {}, nullptr};
     for (int s = first; s < last; ++s) {
       add_pools(call_.live, s, work.jobs);
       work.jobs.close();
@@ -123,7 +123,7 @@ class Backward {
     added_ = {};
     const Jobs second = second_convolutions(call_.live, target);
     if (second.count) {
-      Convolve<T> work{inputs(), second, {}, {}, 0, memory_.seconds, {}, {}, nullptr};
+      Convolve<T> work{inputs(), second, {}, {}, 0, 0, memory_.seconds, {}, {}, nullptr};
       run_convolve<V>(work, stream_);
     }
     dot_products(target);
@@ -176,9 +176,9 @@ class Backward {
       }
     }
     const int chunks = chunks_for(divide_up(g_.plane(), kNumbers), target);
-    constexpr int kTogether = V < 4 ? V : 4;  // a thread has no registers for the sums of eight
-    launch(dots<T, kTogether>, {unsigned(chunks), unsigned(target), 1},
-           kThreads * kTogether * int64_t(sizeof(P)), stream_, work);
+    P *sums, *means;
+    launch(dots<T, V>, {unsigned(chunks), unsigned(target), 1},
+           take_dots<P, V>(Arena(nullptr), int(channels()), &sums, &means), stream_, work);
     settle.g = g_;
     settle.target = target;
     settle.chunks = chunks;
@@ -239,7 +239,7 @@ class Backward {
   // The jobs of edges from the sources first..last - 1.
   void run_depthwise(DepthwiseGradient<T> work, int first, int last) {
     const Jobs& jobs = work.jobs;
-    int halo = 0;
+    work.halo = 0;
     work.count = 0;
     for (int i = 0, edge = -1; i < jobs.count; ++i) {
       const int s = source_of(jobs.edge[i]);
@@ -247,14 +247,14 @@ class Backward {
       if (work.second || jobs.edge[i] != edge) work.first[work.count++] = uint8_t(i);
       work.last[work.count - 1] = uint8_t(i + 1);
       edge = jobs.edge[i];
-      halo = larger(halo, gradient_halo(work.in.steps(edge, jobs.convolution[i])));
+      work.halo = larger(work.halo, gradient_halo(work.in.steps(edge, jobs.convolution[i])));
     }
     if (!work.count) return;
     const int source = work.second ? kSources - 1 : first;  // any of its size
-    const int stride = work.second ? 1 : g_.stride(source);
+    work.stride = work.second ? 1 : g_.stride(source);
     const auto bytes = [&](const Tiling& t) {
       Arena arena(nullptr);
-      DepthwiseGradientMemory<P>::take(arena, t, stride, halo);
+      DepthwiseGradientMemory<P>::take(arena, t, work.stride, work.halo);
       return arena.used();
     };
     work.tiling = plan_tiles(g_.images(), g_.state_height(source), g_.state_width(source),

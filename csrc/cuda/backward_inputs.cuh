@@ -75,8 +75,7 @@ class InputsBack {
   // From memory.inputs, which is complete.
   void run() {
     const int chunks = chunks_for(divide_up(numbers(), kNumbers), 2);
-    launch(state_pairs<T>, {unsigned(chunks), 2, 1},
-           2 * int64_t(Share::of(channels(), 1).items()) * int64_t(sizeof(P)), stream_, g_,
+    launch(state_pairs<T, V>, {unsigned(chunks), 2, 1}, pairs_bytes<P>(channels(), V), stream_, g_,
            call_.states, (const P*)memory_.inputs, memory_.sums);
     SettlePairs<P> settle =
         settle_for(call_, chunks, channels(), double(g_.input_pixels()), true);

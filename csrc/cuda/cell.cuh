@@ -11,23 +11,37 @@
 
 namespace nas::cuda {
 
-// Whether numbers can be read 16 bytes at a time.
-template <typename T>
-bool is_wide(const CellShape& shape, std::initializer_list<const T*> pointers) {
-  for (const T* pointer : pointers) {
+// Whether 16 bytes can be read at once from each of these on.
+inline bool is_aligned(std::initializer_list<const void*> pointers) {
+  for (const void* pointer : pointers) {
     if (reinterpret_cast<uintptr_t>(pointer) % 16) return false;
   }
+  return true;
+}
+// Whether images can be read 16 bytes at a time.
+template <typename T>
+bool is_wide(const CellShape& shape) {
   return shape.mixed() % kWide<T> == 0 && shape.before_channels % kWide<T> == 0 &&
          shape.previous_channels % kWide<T> == 0;
 }
 template <typename T>
 bool is_wide(const CellForward<T, Sum<T>>& c) {
-  return is_wide<T>(c.shape, {c.before, c.previous, c.output, c.states, c.kept});
+  return is_wide<T>(c.shape) && is_aligned({c.before, c.previous, c.output, c.states, c.kept});
 }
 template <typename T>
 bool is_wide(const CellBackward<T, Sum<T>>& c) {
-  return is_wide<T>(c.shape, {c.before, c.previous, c.output, c.states, c.kept, c.output_gradient,
-                              c.before_gradient, c.previous_gradient});
+  return is_wide<T>(c.shape) &&
+         is_aligned({c.before, c.previous, c.output, c.states, c.kept, c.output_gradient,
+                     c.before_gradient, c.previous_gradient});
+}
+template <typename T>
+bool is_wide(const StemForward<T, Sum<T>>& c) {
+  return c.shape.outputs % kWide<T> == 0 && is_aligned({c.images, c.output, c.convolution});
+}
+template <typename T>
+bool is_wide(const StemBackward<T, Sum<T>>& c) {
+  return c.shape.outputs % kWide<T> == 0 &&
+         is_aligned({c.images, c.output_gradient, c.convolution});
 }
 
 // Calls f with a pass over `call`, many numbers at a time where they can be.
@@ -57,22 +71,21 @@ template <typename T>
 void run(const CellBackward<T, Sum<T>>& call, void* workspace, Stream stream) {
   with_pass<Backward, T>(call, workspace, stream, [](auto& pass) { pass.run(); });
 }
-
 template <typename T>
 int64_t workspace_bytes(const StemForward<T, Sum<T>>& call) {
-  return StemForwardPass<T>(call, nullptr, {}).workspace_bytes();
+  return with_pass<StemForwardPass, T>(call, nullptr, {}, [](auto& p) { return p.workspace_bytes(); });
 }
 template <typename T>
 void run(const StemForward<T, Sum<T>>& call, void* workspace, Stream stream) {
-  StemForwardPass<T>(call, workspace, stream).run();
+  with_pass<StemForwardPass, T>(call, workspace, stream, [](auto& pass) { pass.run(); });
 }
 template <typename T>
 int64_t workspace_bytes(const StemBackward<T, Sum<T>>& call) {
-  return StemBackwardPass<T>(call, nullptr, {}).workspace_bytes();
+  return with_pass<StemBackwardPass, T>(call, nullptr, {}, [](auto& p) { return p.workspace_bytes(); });
 }
 template <typename T>
 void run(const StemBackward<T, Sum<T>>& call, void* workspace, Stream stream) {
-  StemBackwardPass<T>(call, workspace, stream).run();
+  with_pass<StemBackwardPass, T>(call, workspace, stream, [](auto& pass) { pass.run(); });
 }
 
 }  // namespace nas::cuda

@@ -176,33 +176,18 @@ NAS_KERNEL_OF(T)
 // ---- through 1x1 convolutions of rectified inputs ----
 
 // Sums that the gradient of a preprocessing needs: of G and of G times the normalised state.
-template <typename T>
+template <typename T, int V>
 NAS_KERNEL_OF(T)
     state_pairs(Geometry g, const T* states, const Sum<T>* gradients, Sum<T>* to) {
   using A = Sum<T>;
   const int channels = int(g.shape.channels);
   const int64_t offset = blockIdx.y * g.input_pixels() * channels;
-  const Share share = Share::of(channels, 1);
-  const Span span = Span::of(g.input_pixels(), int(gridDim.x), int(blockIdx.x));
-  A* sums = reinterpret_cast<A*>(shared_memory());
-  A* products = sums + share.items();
   to += (blockIdx.y * int64_t(gridDim.x) + blockIdx.x) * 2 * channels;
-  for (int item = int(threadIdx.x); item < share.items(); item += kThreads) {
-    const int worker = item / share.across, c = item % share.across;
-    A sum = A(0), product = A(0);
-    for (int64_t p = span.first + worker; p < span.last; p += share.workers) {
-      const A gradient = gradients[offset + p * channels + c];
-      sum += gradient;
-      product += gradient * load(states + offset + p * channels + c);
-    }
-    sums[item] = sum;
-    products[item] = product;
-  }
-  __syncthreads();
-  for (int c = int(threadIdx.x); c < channels; c += kThreads) {
-    to[c] = column_sum(sums, share.workers, share.across, c);
-    to[channels + c] = column_sum(products, share.workers, share.across, c);
-  }
+  sum_pairs<V>(g.input_pixels(), channels, to,
+               [&](int64_t at, int, A(&gradient)[V], A(&values)[V]) {
+                 load<V>(gradients + offset + at, gradient);
+                 load<V>(states + offset + at, values);
+               });
 }
 
 template <typename T>
@@ -236,6 +221,29 @@ struct PointwiseBack {
   }
 };
 
+// Gradients of what a job gave, of `rows` pixels from `start` on, of which `count` exist: columns
+// first, first + 1, ... of the outputs to out [pixel][column].
+template <int V, typename T>
+NAS_DEVICE void load_gradients(const PointwiseBack<T>& call, int number, int first, int columns,
+                               int64_t start, int count, Sum<T>* out, int pitch) {
+  using A = Sum<T>;
+  const int outputs = call.job[number].outputs, across = columns / V;
+  const Coefficients<A> coefficients{call.coefficients[number], outputs};
+  for (int i = int(threadIdx.x); i < call.rows * across; i += kThreads) {
+    const int row = i / across, column = i % across * V;
+    A gradient[V] = {}, values[V];
+    if (row < count) {
+      const int64_t at = (start + row) * outputs + first + column;
+      load<V>(call.gradient[number] + at, gradient);
+      load<V>(call.plane[number] + at, values);
+      NAS_UNROLL for (int v = 0; v < V; ++v) {
+        gradient[v] = coefficients(gradient[v], values[v], first + column + v);
+      }
+    }
+    NAS_UNROLL for (int v = 0; v < V; ++v) out[row * pitch + column + v] = gradient[v];
+  }
+}
+
 template <typename T, int V>
 NAS_KERNEL_OF(T)
     pointwise_back(const __grid_constant__ PointwiseBack<T> call) {
@@ -245,7 +253,6 @@ NAS_KERNEL_OF(T)
   A *in, *back, *out, *staged;
   call.take(Arena(shared_memory()), &in, &back, &out, &staged);
   const int in_pitch = row_pitch(job.inputs), out_pitch = job.tile_pitch();
-  const Coefficients<A> coefficients{call.coefficients[number], job.outputs};
   const Span span = Span::of(divide_up(call.pixels, call.rows), int(gridDim.x), int(blockIdx.x));
   const bool wanted = call.write[number] || call.add[number];
   A* partial = call.matrices + call.matrices_at[number] +
@@ -260,13 +267,10 @@ NAS_KERNEL_OF(T)
       const int64_t start = index * call.rows;
       const int count = int(smaller<int64_t>(call.rows, call.pixels - start));
       __syncthreads();
-      for (int i = int(threadIdx.x); i < call.rows * columns; i += kThreads) {
-        const int row = i / columns, c = first + i % columns;
-        const int64_t at = (start + row) * job.outputs + c;
-        out[row * out_pitch + c - first] =
-            row < count
-                ? coefficients(call.gradient[number][at], load(call.plane[number] + at), c)
-                : A(0);
+      if (columns % V == 0 && first % V == 0) {
+        load_gradients<V>(call, number, first, columns, start, count, out, out_pitch);
+      } else {  // half of the outputs
+        load_gradients<1>(call, number, first, columns, start, count, out, out_pitch);
       }
       job.template load_rows<V>(half, start, call.rows, count, in, in_pitch);
       __syncthreads();
@@ -275,17 +279,24 @@ NAS_KERNEL_OF(T)
       product<T>(out, out_pitch, call.rows, columns, job.inputs,
                  [&](int k, int c) { return job.weights[c * job.outputs + first + k]; }, staged,
                  ToShared<A>{back, in_pitch, call.rows, job.inputs});
-      for (int i = int(threadIdx.x); i < count * job.inputs; i += kThreads) {
-        const int row = i / job.inputs, c = i % job.inputs;
+      const int across = job.inputs / V;
+      for (int i = int(threadIdx.x); i < count * across; i += kThreads) {
+        const int row = i / across, c = i % across * V;
         const int64_t pixel = job.source(half, start + row);
         if (pixel < 0) continue;
         const int64_t at = pixel * job.inputs + c;
-        A value = relu_gradient(back[row * in_pitch + c], in[row * in_pitch + c]);
+        const A *gradient = back + row * in_pitch + c, *input = in + row * in_pitch + c;
+        A values[V] = {};
+        if (!call.write[number]) {
+          load<V>(call.add[number] + at, values);
+        } else if (call.begun) {
+          load<V>(call.write[number] + at, values);
+        }
+        NAS_UNROLL for (int v = 0; v < V; ++v) values[v] += relu_gradient(gradient[v], input[v]);
         if (call.write[number]) {
-          if (call.begun) value += load(call.write[number] + at);
-          store(call.write[number] + at, value);
+          store<V>(call.write[number] + at, values);
         } else {
-          call.add[number][at] += value;
+          store<V>(call.add[number] + at, values);
         }
       }
     }

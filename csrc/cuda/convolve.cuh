@@ -90,9 +90,13 @@ NAS_DEVICE void load_input(const Inputs<T>& in, int edge, int convolution, const
                            const Tiling& t, const Tile& tile, int first, int slab, Sum<T>* to) {
   const int stride = in.steps(edge, convolution).stride;
   in.with_input(edge, convolution, [&](const auto& read) {
-    load_region<V>(region, t, tile.image, tile.images, tile.y * stride - region.border,
-                   tile.x * stride - region.border, in.input_height(edge, convolution),
-                   in.input_width(edge, convolution), first, slab, to, read);
+    const Part part{tile.image,
+                    tile.images,
+                    tile.y * stride - region.border,
+                    tile.x * stride - region.border,
+                    in.input_height(edge, convolution),
+                    in.input_width(edge, convolution)};
+    load_region<V>(region, t, part, first, slab, to, read);
   });
 }
 
@@ -122,6 +126,7 @@ struct Convolve {
   Groups groups;
   Tiling tiling;
   int64_t region;              // numbers of a group's largest
+  int summed;                  // jobs of a block whose sums are in shared memory: all or none
   T* to;                       // planes of first convolutions, or of second ones
   T* pools[kSources];          // of a state: maximum, then average
   uint8_t* largest[kSources];  // where in its window a maximum is; null where nobody asks
@@ -138,14 +143,18 @@ class ConvolveBlock {
       : call_(call), t_(call.tiling), first_(call.groups.first[blockIdx.y]),
         last_(call.groups.last[blockIdx.y]), channels_(call.in.g.channels()) {
     Arena arena(shared_memory());
-    memory_ = ConvolveMemory<A>::take(arena, t_, call.region, call.groups.most, channels_);
+    memory_ = ConvolveMemory<A>::take(arena, t_, call.region, call.summed, channels_);
+    if (call.moments && !call.summed) {
+      memory_.sums.sums = moments(first_);
+      memory_.sums.apart = moments(first_ + 1) - moments(first_);
+    }
     region_ = call.in.region(call.jobs, first_, last_, t_);
     while (first_ + pools_ < last_ && is_pool(convolution(first_ + pools_))) ++pools_;
   }
 
   NAS_DEVICE void run() {
     const Span span = Span::of(t_.tiles(), int(gridDim.x), int(blockIdx.x));
-    memory_.sums.start(last_ - first_);
+    if (call_.moments) memory_.sums.start(last_ - first_);
     clear_padding(memory_.depthwise, t_.pixels(), channels_, row_pitch(channels_));
     A count = A(0);
     for (int64_t index = span.first; index < span.last; ++index) {
@@ -161,9 +170,7 @@ class ConvolveBlock {
     if (!call_.moments) return;
     __syncthreads();
     for (int job = first_; job < last_; ++job) {
-      const int64_t chunk = int64_t(job) * gridDim.x + blockIdx.x;
-      memory_.sums.finish(job - first_, count,
-                          call_.moments + moments_numbers(int(chunk), channels_));
+      memory_.sums.finish(job - first_, count, moments(job));
     }
   }
 
@@ -172,6 +179,11 @@ class ConvolveBlock {
   NAS_DEVICE int convolution(int job) const { return call_.jobs.convolution[job]; }
   NAS_DEVICE bool whole() const { return t_.slab >= channels_; }
   NAS_DEVICE int slab(int first) const { return smaller(t_.slab, channels_ - first); }
+  // What the block leaves of a job's moments.
+  NAS_DEVICE A* moments(int job) const {
+    const int chunk = job * int(gridDim.x) + int(blockIdx.x);
+    return call_.moments + moments_numbers(chunk, channels_);
+  }
 
   NAS_DEVICE void load_tile(const Tile& tile, int job, int first) const {
     load_input<V>(call_.in, edge(job), convolution(job), region_, t_, tile, first, slab(first),
@@ -292,7 +304,7 @@ int64_t largest_region(const Inputs<T>& in, const Jobs& jobs, const Tiling& t) {
   return numbers;
 }
 
-// Tiles and groups of a launch; returns the bytes of shared memory that its blocks need.
+// Tiles, groups and where sums are; returns the bytes of shared memory that a launch's blocks need.
 template <typename T>
 int64_t plan(Convolve<T>& call) {
   const auto bytes = [&](const Tiling& t, int jobs) {
@@ -302,12 +314,12 @@ int64_t plan(Convolve<T>& call) {
     return arena.used();
   };
   const bool sharing = call.jobs.count > call.jobs.inputs;
-  call.tiling = plan_jobs(call.in, sharing, [&](const Tiling& t) { return bytes(t, 1); });
-  int most = 1;  // jobs of a block that there is memory for
-  while (most < call.jobs.count && bytes(call.tiling, most + 1) <= kSharedBytes) ++most;
+  call.tiling = plan_jobs(call.in, sharing, [&](const Tiling& t) { return bytes(t, 0); });
   call.region = largest_region(call.in, call.jobs, call.tiling);
-  call.groups = Groups::of(call.jobs, call.tiling.tiles(), most);
-  return bytes(call.tiling, call.groups.most);
+  call.groups = Groups::of(call.jobs, call.tiling.tiles(), Jobs::kMost);
+  const bool room = bytes(call.tiling, call.groups.most) <= kSharedBytes;
+  call.summed = call.moments && room ? call.groups.most : 0;
+  return bytes(call.tiling, call.summed);
 }
 
 // Plans and launches; returns the blocks of each job, which leave its moments.

@@ -38,6 +38,21 @@
 #else
 #define NAS_KEEP_ORDER
 #endif
+// The compiler does not know any more where an integer is from, so that it does not keep what it has
+// made of it.
+#if defined(__CUDA_ARCH__)
+#define NAS_FORGET(x) asm volatile("" : "+r"(x))
+#else
+#define NAS_FORGET(x)
+#endif
+
+// The emulation counts how many bytes are read or written at once.
+#if defined(NAS_EMULATION)
+#define NAS_TOUCHES(at, bytes) ::emulation::Machine::get().touches(at, bytes)
+#else
+#define NAS_TOUCHES(at, bytes)
+#endif
+
 // A kernel, of which two blocks are to fit on a multiprocessor: that leaves 128 registers a thread.
 // One block where a number takes two registers.
 #define NAS_KERNEL_OF(T) \

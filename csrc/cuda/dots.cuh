@@ -22,39 +22,50 @@ struct Dots {
   Sum<T>* to;                                      // [source][chunk][operation][channels]
 };
 
+// Its shared memory: scratch to add up in, and the means [operation][channel], for which threads have
+// no registers.
+template <typename A, int V>
+NAS_BOTH int64_t take_dots(Arena arena, int channels, A** sums, A** means) {
+  *sums = arena.take<A>(kThreads * V);
+  *means = arena.take<A>(int64_t(kOperations) * channels);
+  return arena.used();
+}
+
 template <typename T, int V>
 NAS_KERNEL_OF(T) dots(const __grid_constant__ Dots<T> call) {
   using A = Sum<T>;
   const Geometry& g = call.g;
   const int s = int(blockIdx.y), channels = g.channels();
   const Share share = Share::of(channels, V);
-  A* sums = reinterpret_cast<A*>(shared_memory());
+  A *sums, *means;
+  take_dots<A, V>(Arena(shared_memory()), channels, &sums, &means);
   const Span span = Span::of(g.node_pixels(), int(gridDim.x), int(blockIdx.x));
   A* to = call.to + (s * int64_t(gridDim.x) + blockIdx.x) * kOperations * channels;
 
   const T* planes[kOperations];
   NAS_UNROLL for (int k = 0; k < kOperations; ++k) planes[k] = call.plane[s][k];
+  for (int i = int(threadIdx.x); i < kOperations * channels; i += kThreads) {
+    const int k = i / channels;
+    const bool normalised = call.plane[s][k] && call.statistic[s][k] >= 0;
+    means[i] = normalised ? call.mean[call.statistic[s][k] + i % channels] : A(0);
+  }
+  __syncthreads();
   for (int start = 0; start < share.items(); start += kThreads) {
     const int item = start + int(threadIdx.x);
     const int worker = item / share.across, channel = item % share.across * V;
-    A total[kOperations][V] = {}, mean[kOperations][V] = {};
+    A total[kOperations][V] = {};
     if (item < share.items()) {
-      NAS_UNROLL for (int k = 1; k < kOperations; ++k) {
-        if (!planes[k] || call.statistic[s][k] < 0) continue;
-        NAS_UNROLL for (int v = 0; v < V; ++v) {
-          mean[k][v] = call.mean[call.statistic[s][k] + channel + v];
-        }
-      }
       for (int64_t p = span.first + worker; p < span.last; p += share.workers) {
         A gradient[V];
         load<V>(call.node + p * channels + channel, gradient);
         NAS_UNROLL for (int v = 0; v < V; ++v) total[0][v] += gradient[v];
         NAS_UNROLL for (int k = 1; k < kOperations; ++k) {
           if (!planes[k]) continue;
-          A values[V];
+          A values[V], mean[V];
           load<V>(planes[k] + p * call.pitch[s][k] + channel, values);
+          load<V>(means + k * channels + channel, mean);
           NAS_UNROLL for (int v = 0; v < V; ++v) {
-            total[k][v] += gradient[v] * (values[v] - mean[k][v]);
+            total[k][v] += gradient[v] * (values[v] - mean[v]);
           }
         }
       }
@@ -164,6 +175,41 @@ NAS_KERNEL_OF(P)
   call.operations_gradient[place] = P(all);
 }
 
+// Two sums a channel over a block's part of `pixels` pixels: of a gradient and of its product with
+// something else, both of which read(number, channel, ...) gives for V channels: to [2][channels].
+template <int V, typename A, typename Read>
+NAS_DEVICE void sum_pairs(int64_t pixels, int channels, A* to, const Read& read) {
+  const Share share = Share::of(channels, V);
+  const Span span = Span::of(pixels, int(gridDim.x), int(blockIdx.x));
+  A* sums = reinterpret_cast<A*>(shared_memory());
+  A* products = sums + share.numbers(V);
+  for (int item = int(threadIdx.x); item < share.items(); item += kThreads) {
+    const int worker = item / share.across, channel = item % share.across * V;
+    A sum[V] = {}, product[V] = {};
+    for (int64_t p = span.first + worker; p < span.last; p += share.workers) {
+      A gradient[V], values[V];
+      read(p * channels + channel, channel, gradient, values);
+      NAS_UNROLL for (int v = 0; v < V; ++v) {
+        sum[v] += gradient[v];
+        product[v] += gradient[v] * values[v];
+      }
+    }
+    NAS_UNROLL for (int v = 0; v < V; ++v) {
+      sums[item * V + v] = sum[v];
+      products[item * V + v] = product[v];
+    }
+  }
+  __syncthreads();
+  for (int c = int(threadIdx.x); c < channels; c += kThreads) {
+    to[c] = column_sum(sums, share.workers, channels, c);
+    to[channels + c] = column_sum(products, share.workers, channels, c);
+  }
+}
+template <typename A>
+int64_t pairs_bytes(int channels, int vector) {
+  return 2 * int64_t(Share::of(channels, vector).numbers(vector)) * int64_t(sizeof(A));
+}
+
 // Coefficients from pairs of sums [chunk][2][channels], a warp a channel.
 template <typename P>
 struct SettlePairs {
@@ -176,7 +222,7 @@ struct SettlePairs {
   int count = 0, chunks, channels;
   double numbers;   // of a channel
   bool training;
-  bool normalised;  // the products are with normalised numbers, of mean 0 and deviation 1
+  bool normalised;  // what the coefficients go with; the products are with normalised numbers
   const P *mean, *scale;
 };
 
@@ -192,7 +238,7 @@ NAS_KERNEL_OF(P)
   if (threadIdx.x % 32) return;
   const double scale = double(call.scale[job.statistic + c]);
   if (!call.normalised) {
-    store_coefficients(1.0, sum, product, call.numbers, call.training,
+    store_coefficients(1.0, sum, product / scale, call.numbers, call.training,
                        double(call.mean[job.statistic + c]), scale, call.channels, c,
                        job.coefficients);
     return;

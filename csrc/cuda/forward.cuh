@@ -25,10 +25,6 @@ inline bool pools_alive(const bool (&live)[kEdges][kOperations], int source) {
   return pool_alive(live, source, 0) || pool_alive(live, source, 1);
 }
 
-constexpr int kStream = 1024;  // blocks of a launch that only passes over memory
-inline unsigned blocks_for(int64_t items) {
-  return unsigned(smaller<int64_t>(divide_up(items, kThreads), kStream));
-}
 // Preprocessing of input `which`.
 template <typename T, typename P>
 Pointwise<T> preprocessing(const CellShape& shape, const T* before, const T* previous,
@@ -191,7 +187,7 @@ class Forward {
 
   void convolve_all(const Jobs& jobs, T* to) {
     if (!jobs.count) return;
-    Convolve<T> work{inputs(), jobs, {}, {}, 0, to, {}, {}, moments()};
+    Convolve<T> work{inputs(), jobs, {}, {}, 0, 0, to, {}, {}, moments()};
     for (int s = 0; s < kSources; ++s) work.pools[s] = pools_[s];
     const int chunks = run_convolve<V>(work, stream_);
     Settles settles;

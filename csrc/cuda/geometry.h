@@ -134,6 +134,10 @@ constexpr int kBlocks = 528;
 inline int chunks_for(int64_t units, int jobs) {
   return int(smaller<int64_t>(units, larger<int64_t>(1, divide_up(kBlocks, larger(jobs, 1)))));
 }
+constexpr int kStream = 1024;  // blocks of a launch that only passes over memory
+inline unsigned blocks_for(int64_t items) {
+  return unsigned(smaller<int64_t>(divide_up(items, kThreads), kStream));
+}
 // The units of `chunk`: first to last - 1.
 struct Span {
   int64_t first, last;
@@ -150,10 +154,14 @@ struct Groups {
   int count = 0, most = 0;  // most: jobs of the largest
   uint8_t first[Jobs::kMost], last[Jobs::kMost];
 
-  // All jobs of an input together, unless that makes fewer blocks of the tiles than half of what
-  // fills a GPU, or there are more than `limit`.
+  // The part of a GPU that the tiles must fill for all jobs of an input to be one group. Another
+  // group reads the input again, mostly from the second cache; a GPU of which an eighth is busy
+  // loses more than that. 64 tiles are enough, so a batch of 64 images is read once.
+  static constexpr int kFilled = 8;
+
+  // All jobs of an input together, unless there are more than `limit` or so few tiles.
   static Groups of(const Jobs& jobs, int64_t tiles, int limit) {
-    const auto wanted = larger<int64_t>(1, kBlocks / 2 / (tiles * larger(jobs.inputs, 1)));
+    const auto wanted = larger<int64_t>(1, kBlocks / kFilled / (tiles * larger(jobs.inputs, 1)));
     Groups groups;
     for (int input = 0; input < jobs.inputs; ++input) {
       const int begin = jobs.begin(input), size = jobs.end[input] - begin;

@@ -33,6 +33,7 @@ struct DepthwiseGradient {
   uint8_t first[2 * kSources], last[2 * kSources];  // the jobs that a block takes one after another
   Jobs jobs;
   Tiling tiling;                      // of the input
+  int stride, halo;                   // of the jobs, the largest
   const Sum<T>* depthwise;            // [job]: what pointwise_gradient gave
   Sum<T>* to;                         // [source]: added to; or [source][3 or 5]: written
   bool second;                        // the jobs are second convolutions
@@ -52,14 +53,24 @@ NAS_BOTH Region gradient_region(int rows, int columns, int slab, int stride, int
   return region;
 }
 
+// A tile of inputs, without a border.
+NAS_BOTH Region input_region(const Tiling& t) {
+  Region region = Region::of(1, 1, t.slab, 1, 1, 0);
+  region.rows = t.rows;
+  region.columns = region.pitch = t.columns;
+  return region;
+}
+
 template <typename A>
 struct DepthwiseGradientMemory {
   A* region;  // later what each thread adds to the gradients of its taps
+  A* inputs;  // then their gradients
 
   NAS_BOTH static DepthwiseGradientMemory take(Arena& arena, const Tiling& t, int stride,
                                                int halo) {
     const Region region = gradient_region(t.rows, t.columns, t.slab, stride, halo);
-    return {arena.take<A>(larger<int64_t>(region.numbers(t.images), kThreads * 25))};
+    return {arena.take<A>(larger<int64_t>(region.numbers(t.images), kThreads * 25)),
+            arena.take<A>(input_region(t).numbers(t.images))};
   }
 };
 
@@ -99,28 +110,61 @@ NAS_DEVICE void depthwise_gradient_block(const A* from, int row, int column,
   }
 }
 
+// What a tile of inputs gets: added to the plane, or with `second` written there.
+template <int V, typename A>
+NAS_DEVICE void store_inputs(const Region& region, const Tiling& t, const Tile& tile, int slab,
+                             bool second, const A* from, A* to, int channels) {
+  for_region<V>(region, t, Part::of(t, tile), slab, [&](int at, int64_t pixel, int channel) {
+    if (pixel < 0) return;
+    A values[V] = {};
+    A* place = to + pixel * channels + channel;
+    if (!second) load<V>(place, values);
+    NAS_UNROLL for (int v = 0; v < V; ++v) values[v] += from[at + v];
+    store<V>(place, values);
+  });
+}
+
+// 4 x 4 inputs of a tile: the first of them, and how many are in the plane.
+struct Inner {
+  int image, y, x, rows, columns;
+};
+
+// Calls f(i, j, number) for those of them that are in the plane; `from` has a tile of inputs.
+template <typename A, typename F>
+NAS_DEVICE void for_own(const Inner& inner, const Tiling& t, const Region& inputs, A* from,
+                        const F& f) {
+  from += ((inner.image * t.rows + inner.y) * t.columns + inner.x) * inputs.cell;
+  NAS_UNROLL for (int i = 0; i < kSide; ++i) {
+    NAS_UNROLL for (int j = 0; j < kSide; ++j) {
+      if (i < inner.rows && j < inner.columns) f(i, j, *from);
+      from += inputs.cell;
+    }
+    from += (t.columns - kSide) * inputs.cell;
+  }
+}
+
 // All tiles of a block for one job and one slab of channels.
 template <int kSize, int kDilation, int kStride, bool kTaps, int V, typename T>
 NAS_DEVICE void depthwise_gradient_slab(const DepthwiseGradient<T>& call, int job, int first,
-                                        Sum<T>* memory) {
+                                        const DepthwiseGradientMemory<Sum<T>>& shared) {
   using A = Sum<T>;
   constexpr int kHalo = (kSize / 2 * kDilation + kStride - 1) / kStride;
+  constexpr bool kPairs = kDilation == 1 && kStride == 1;  // as second convolutions are
   const Geometry& g = call.in.g;
   const Tiling& t = call.tiling;
   const int channels = g.channels(), slab = smaller(t.slab, channels - first);
   const int edge = call.jobs.edge[job], convolution = call.jobs.convolution[job];
   const int s = source_of(edge);
   const Region region = gradient_region(t.rows, t.columns, t.slab, kStride, kHalo);
+  const Region inputs = input_region(t);
+  A* memory = shared.region;
+  A* own = shared.inputs + int(threadIdx.x) % slab;
   const int worker = int(threadIdx.x) / slab, workers = kThreads / slab;
-  const int lane = int(threadIdx.x) % slab, channel = first + lane;
+  const int lane = int(threadIdx.x) % slab;
   const bool mine = worker < workers;
   const A* from = call.depthwise + job * g.plane();
-  const A* weights = call.in.weights + Taps::of(convolution).at(g, edge) + channel;
-  A* to = call.to + (call.second ? (2 * s + convolution / 2) * g.plane() : call.at[s]) + channel;
-  const Plane<const T> first_output = call.in.plane(edge, larger(convolution - 1, 0));
-  const A centre = call.second
-                       ? call.in.mean[g.shape.convolution_statistics(edge, convolution - 1) + channel]
-                       : A(0);
+  const A* weights = call.in.weights + Taps::of(convolution).at(g, edge) + first + lane;
+  A* to = call.to + (call.second ? (2 * s + convolution / 2) * g.plane() : call.at[s]) + first;
   A taps[kSize * kSize], gradient[kSize * kSize] = {}, total = A(0), products = A(0);
   if (mine) {
     NAS_UNROLL for (int k = 0; k < kSize * kSize; ++k) taps[k] = weights[k * channels];
@@ -130,51 +174,43 @@ NAS_DEVICE void depthwise_gradient_slab(const DepthwiseGradient<T>& call, int jo
   for (int64_t index = span.first; index < span.last; ++index) {
     const Tile tile = Tile::of(t, index);
     __syncthreads();
-    load_region<V>(region, t, tile.image, tile.images, tile.y / kStride - kHalo,
-                   tile.x / kStride - kHalo, g.node_height(), g.node_width(), first, slab, memory,
-                   [&](int64_t pixel, int c, A(&values)[V]) {
-                     load<V>(from + pixel * channels + c, values);
-                   });
+    const Part part{tile.image, tile.images, tile.y / kStride - kHalo, tile.x / kStride - kHalo,
+                    g.node_height(), g.node_width()};
+    load_region<V>(region, t, part, first, slab, memory, [&](int64_t pixel, int c, A(&values)[V]) {
+      load<V>(from + pixel * channels + c, values);
+    });
+    call.in.with_input(edge, convolution, [&](const auto& read) {
+      load_region<V>(inputs, t, Part::of(t, tile), first, slab, shared.inputs, read);
+    });
     __syncthreads();
-    if (!mine) continue;
-    for (int block = worker; block < tile.images * down * across; block += workers) {
-      const int bx = block % across * kSide, by = block / across % down * kSide;
-      const int image = block / across / down;
-      if (by >= tile.rows || bx >= tile.columns) continue;
-      const int64_t start =
-          (int64_t(tile.image + image) * t.height + tile.y + by) * t.width + tile.x + bx;
-      A x[kSide][kSide], sum[kSide][kSide] = {};
-      call.in.with_input(edge, convolution, [&](const auto& read) {
-        NAS_UNROLL for (int i = 0; i < kSide; ++i) {
-          NAS_UNROLL for (int j = 0; j < kSide; ++j) {
-            A value[1] = {};
-            if (by + i < tile.rows && bx + j < tile.columns) {
-              read(start + i * t.width + j, channel, value);
-            }
-            x[i][j] = value[0];
-          }
-        }
-      });
-      const int origin =
-          (image * region.rows + by / kStride) * region.pitch + bx / kStride;
+    const int blocks = mine ? tile.images * down * across : 0;
+    for (int block = worker; block < blocks; block += workers) {
+      const auto find = [&] {
+        NAS_FORGET(block);  // what follows from it is found twice, not kept
+        const int x = block % across * kSide, y = block / across % down * kSide;
+        return Inner{block / across / down, y, x, tile.rows - y, tile.columns - x};
+      };
+      const Inner inner = find();
+      if (inner.rows <= 0 || inner.columns <= 0) continue;
+      A x[kSide][kSide] = {}, sum[kSide][kSide] = {};
+      if (kTaps) {
+        for_own(inner, t, inputs, own, [&](int i, int j, A& at) { x[i][j] = at; });
+      }
+      const int origin = (inner.image * region.rows + inner.y / kStride) * region.pitch +
+                         inner.x / kStride;
       depthwise_gradient_block<kSize, kDilation, kStride, kTaps>(
           memory + origin * region.cell + lane, region.pitch * region.cell, region.cell, taps, x,
           sum, gradient);
-      NAS_UNROLL for (int i = 0; i < kSide; ++i) {
-        NAS_UNROLL for (int j = 0; j < kSide; ++j) {
-          if (by + i >= tile.rows || bx + j >= tile.columns) continue;
-          const int64_t pixel = start + i * t.width + j;
-          const A value = relu_gradient(sum[i][j], x[i][j]);
-          if (call.second) {
-            to[pixel * channels] = value;
-            total += value;
-            products += value * (load(first_output.pixel(pixel) + channel) - centre);
-          } else {
-            to[pixel * channels] += value;
-          }
-        }
-      }
+      for_own(find(), t, inputs, own, [&](int i, int j, A& at) {
+        const A input = at;
+        at = relu_gradient(sum[i][j], input);
+        if (!kPairs) return;
+        total += at;
+        products += at * input;  // where it is not zero, the input is what was normalised
+      });
     }
+    __syncthreads();
+    store_inputs<V>(inputs, t, tile, slab, call.second, shared.inputs, to, channels);
   }
 
   const int64_t block = blockIdx.x;
@@ -195,7 +231,7 @@ NAS_DEVICE void depthwise_gradient_slab(const DepthwiseGradient<T>& call, int jo
     add_up(kSize * kSize, [&](int k) { return gradient[k]; },
            call.taps + call.taps_at[job] + block * kSize * kSize * channels);
   }
-  if (call.second) {
+  if (kPairs && call.second) {
     add_up(2, [&](int k) { return k ? products : total; },
            call.pairs + (job * int64_t(gridDim.x) + block) * 2 * channels);
   }
@@ -203,7 +239,7 @@ NAS_DEVICE void depthwise_gradient_slab(const DepthwiseGradient<T>& call, int jo
 
 template <bool kTaps, int V, typename T>
 NAS_DEVICE void depthwise_gradient_job(const DepthwiseGradient<T>& call, int job, int first,
-                                       Sum<T>* memory) {
+                                       const DepthwiseGradientMemory<Sum<T>>& memory) {
   const Steps steps = call.in.steps(call.jobs.edge[job], call.jobs.convolution[job]);
   const int kind = (steps.size == 5) * 4 + (steps.dilation == 2) * 2 + (steps.stride == 2);
   switch (kind) {
@@ -221,7 +257,9 @@ NAS_DEVICE void depthwise_gradient_job(const DepthwiseGradient<T>& call, int job
 template <typename T, int V, bool kTaps>
 NAS_KERNEL_ALONE
     depthwise_gradient(const __grid_constant__ DepthwiseGradient<T> call) {
-  auto* memory = reinterpret_cast<Sum<T>*>(shared_memory());
+  Arena arena(shared_memory());
+  const auto memory =
+      DepthwiseGradientMemory<Sum<T>>::take(arena, call.tiling, call.stride, call.halo);
   const int channels = call.in.g.channels();
   for (int job = call.first[blockIdx.y]; job < call.last[blockIdx.y]; ++job) {
     for (int first = 0; first < channels; first += call.tiling.slab) {

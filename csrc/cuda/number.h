@@ -109,10 +109,12 @@ constexpr bool kOnTensorCores = !std::is_same_v<T, Sum<T>>;
 
 template <typename T>
 NAS_DEVICE Sum<T> load(const T* at) {
+  NAS_TOUCHES(at, sizeof(T));
   return widen(*at);
 }
 template <typename T>
 NAS_DEVICE void store(T* at, Sum<T> x) {
+  NAS_TOUCHES(at, sizeof(T));
   narrow(x, *at);
 }
 
@@ -127,14 +129,34 @@ constexpr int kWide = int(16 / sizeof(T));
 
 template <int V, typename T>
 NAS_DEVICE void load(const T* at, Sum<T> (&to)[V]) {
+  NAS_TOUCHES(at, alignof(Pack<T, V>));
   const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(at);
   NAS_UNROLL for (int v = 0; v < V; ++v) to[v] = widen(pack.value[v]);
 }
 template <int V, typename T>
 NAS_DEVICE void store(T* at, const Sum<T> (&x)[V]) {
+  NAS_TOUCHES(at, alignof(Pack<T, V>));
   Pack<T, V> pack;
   NAS_UNROLL for (int v = 0; v < V; ++v) narrow(x[v], pack.value[v]);
   *reinterpret_cast<Pack<T, V>*>(at) = pack;
+}
+// Four numbers of two bytes as they are stored, and eight that are to be stored.
+template <typename T>
+NAS_DEVICE uint64_t packed(const float (&x)[4]) {
+  Pack<T, 4> pack;
+  NAS_UNROLL for (int j = 0; j < 4; ++j) narrow(x[j], pack.value[j]);
+  uint64_t bits;
+  static_assert(sizeof(bits) == sizeof(pack));
+  memcpy(&bits, &pack, sizeof(bits));
+  return bits;
+}
+template <typename T>
+NAS_DEVICE void store_packed(T* at, const uint64_t (&bits)[2]) {
+  Pack<T, 8> pack;
+  static_assert(sizeof(bits) == sizeof(pack));
+  NAS_TOUCHES(at, sizeof(bits));
+  memcpy(&pack, &bits, sizeof(bits));
+  *reinterpret_cast<Pack<T, 8>*>(at) = pack;
 }
 
 // NaN stays NaN, as in eager PyTorch.

@@ -22,11 +22,13 @@ template <typename A, int kCount>
 struct Patch {
   int row, step, column;  // the column is behind the last where a thread has nothing
   int lanes;              // the lane that is as many further in a warp has the same columns
+  int beside;             // the lane of which this bit differs has the rest of eight columns
   A at[kCount][4];
 };
 
 // How warps share the 4 x 4 patches of `rows` x `columns` numbers: 32 at a time, as many side by
-// side as a power of two allows, so that lanes find those with their columns by shuffles.
+// side as a power of two allows, so that lanes find those with their columns, or with the ones
+// beside them, by shuffles.
 struct Patches {
   int rows, columns, down, wide, pieces;
 
@@ -46,7 +48,7 @@ struct Patches {
     const int lane = int(threadIdx.x) % 32;
     const int row = number / pieces * (32 / wide) + lane / wide;
     const int column = (number % pieces * wide + lane % wide) * 4;
-    return {row, down, row < down ? column : columns, wide, {}};
+    return {row, down, row < down ? column : columns, wide, 1, {}};
   }
 };
 
@@ -82,18 +84,22 @@ NAS_DEVICE void find_places(const Tiling& t, const Tile& tile, int* places) {
 // sums are folded, tile by tile.
 template <typename A>
 struct JobSums {
-  A* sums;     // [job][shift, sum, square][channel]
-  A* by_warp;  // [warp][sum, square][channel], zeros but between add and fold
+  A* sums;        // [shift, sum, square][channel] of the first job
+  int64_t apart;  // those of the next one
+  A* by_warp;     // [warp][sum, square][channel], zeros but between add and fold
   int channels;
 
+  // In shared memory for `jobs` jobs, or none: they are then where the block's moments are to be.
   NAS_BOTH static JobSums take(Arena& arena, int jobs, int channels) {
-    return {arena.take<A>(int64_t(jobs) * 3 * channels),
-            arena.take<A>(int64_t(kWarps) * 2 * channels), channels};
+    A* sums = arena.take<A>(int64_t(jobs) * 3 * channels);
+    return {sums, 3 * channels, arena.take<A>(int64_t(kWarps) * 2 * channels), channels};
   }
-  NAS_DEVICE A* shift(int job) const { return sums + job * 3 * channels; }
+  NAS_DEVICE A* shift(int job) const { return sums + job * apart; }
 
   NAS_DEVICE void start(int jobs) const {
-    for (int i = int(threadIdx.x); i < jobs * 3 * channels; i += kThreads) sums[i] = A(0);
+    for (int i = int(threadIdx.x); i < 3 * channels; i += kThreads) {
+      for (int job = 0; job < jobs; ++job) shift(job)[i] = A(0);
+    }
     for (int i = int(threadIdx.x); i < kWarps * 2 * channels; i += kThreads) by_warp[i] = A(0);
   }
   // All lanes of a warp together: numbers of four channels, as in a patch, of those before `last`.
@@ -125,14 +131,15 @@ struct JobSums {
       to[i] += total;
     }
   }
-  // After a barrier: what this block found over `count` numbers a channel.
+  // After a barrier: what this block found over `count` numbers a channel. `to` may be where the
+  // sums are.
   NAS_DEVICE void finish(int job, A count, A* to) const {
     const A* from = shift(job);
     for (int c = int(threadIdx.x); c < channels; c += kThreads) {
-      const A total = from[channels + c];
+      const A first = from[c], total = from[channels + c], square = from[2 * channels + c];
       to[c] = count;
-      to[channels + c] = from[c] + total / count;
-      to[2 * channels + c] = from[2 * channels + c] - total * total / count;
+      to[channels + c] = first + total / count;
+      to[2 * channels + c] = square - total * total / count;
     }
   }
 };
@@ -145,29 +152,66 @@ struct Stored {
   int pixels, channels;
   int first, last;    // channels that are the patches' columns
 
-  // Calls f(row of the patch, its pixel after the tile's first) for all that are in the plane.
+  // Where row i of a patch is, after the tile's first pixel; negative where nothing is to be stored.
+  template <typename A, int kCount>
+  NAS_DEVICE int place(const Patch<A, kCount>& patch, int i) const {
+    const int pixel = patch.row + i * patch.step;
+    return first + patch.column < last && pixel < pixels ? places[pixel] : -1;
+  }
+  // Calls f(row of the patch, its place) for all that are in the plane.
   template <typename A, int kCount, typename F>
   NAS_DEVICE void for_inside(const Patch<A, kCount>& patch, F&& f) const {
-    if (first + patch.column >= last) return;
     NAS_UNROLL for (int i = 0; i < kCount; ++i) {
-      const int pixel = patch.row + i * patch.step;
-      if (pixel >= pixels) continue;
-      const int place = places[pixel];
+      const int place = this->place(patch, i);
       if (place >= 0) f(i, place);
     }
   }
+  // All lanes of a warp together.
   template <typename A, int kCount>
   NAS_DEVICE void operator()(const Patch<A, kCount>& patch) const {
-    constexpr int kPiece = V < 4 ? V : 4;
+    if constexpr (V == 2 * kQuad && kWide<T> == V) {
+      store_halves(patch);
+    } else {
+      store_rows(patch);
+    }
+  }
+
+ private:
+  static constexpr int kQuad = 4;
+
+  NAS_DEVICE T* at(int place, int channel) const {
+    return to + int64_t(place) * channels + channel;
+  }
+
+  template <typename A, int kCount>
+  NAS_DEVICE void store_rows(const Patch<A, kCount>& patch) const {
+    constexpr int kPiece = V < kQuad ? V : kQuad;
     const int channel = first + patch.column;
     for_inside(patch, [&](int i, int place) {
-      NAS_UNROLL for (int j = 0; j < 4; j += kPiece) {
+      NAS_UNROLL for (int j = 0; j < kQuad; j += kPiece) {
         if (channel + j >= last) continue;
         A piece[kPiece];
         NAS_UNROLL for (int k = 0; k < kPiece; ++k) piece[k] = patch.at[i][j + k];
-        store<kPiece>(to + int64_t(place) * channels + channel + j, piece);
+        store<kPiece>(at(place, channel + j), piece);
       }
     });
+  }
+
+  // Of numbers of two bytes, 16 bytes are the columns of two lanes: these exchange half of their
+  // rows, so that each stores eight columns of the other half.
+  template <typename A, int kCount>
+  NAS_DEVICE void store_halves(const Patch<A, kCount>& patch) const {
+    constexpr int kHalf = kCount / 2;
+    const bool right = patch.column % V != 0;
+    const int channel = first + patch.column - right * kQuad;
+    NAS_UNROLL for (int i = 0; i < kHalf; ++i) {
+      const uint64_t upper = packed<T>(patch.at[i]), lower = packed<T>(patch.at[kHalf + i]);
+      const uint64_t got = __shfl_xor_sync(0xffffffffu, right ? upper : lower, patch.beside);
+      const int place = this->place(patch, right ? kHalf + i : i);
+      if (place < 0) continue;
+      const uint64_t both[2] = {right ? got : upper, right ? lower : got};
+      store_packed(at(place, channel), both);
+    }
   }
 };
 

@@ -68,7 +68,7 @@ NAS_DEVICE Patch<float, 2> pair_up(const Entries& even, const Entries& odd, int 
   const int r = int(threadIdx.x) % 4;
   const bool second = r % 2;
   column += second * kColumns + r / 2 * 4;
-  Patch<float, 2> patch{top, 8, smaller(column, outputs), 4, {}};
+  Patch<float, 2> patch{top, 8, smaller(column, outputs), 4, 2, {}};
   NAS_UNROLL for (int i = 0; i < 2; ++i) {
     NAS_UNROLL for (int j = 0; j < 2; ++j) {
       const float own = second ? odd.at[2 * i + j] : even.at[2 * i + j];

@@ -20,17 +20,52 @@ struct StemInputs {
   NAS_BOTH int taps() const { return int(shape.taps()); }
   NAS_BOTH int outputs() const { return int(shape.outputs); }
 
-  // The taps of `count` pixels from `start` on, and zeros up to `rows`: to [pixel][tap].
-  NAS_DEVICE void load_taps(int64_t start, int count, Sum<T>* to, int pitch) const {
+  // Numbers of the pixels of a row, from one before the first to one after the last, in whole W.
+  template <int W>
+  NAS_BOTH int line() const {
+    return round_up((rows + 2) * int(shape.inputs), W) + W;
+  }
+  NAS_BOTH int lines() const { return 3 * line<kWide<Sum<T>>>(); }
+
+  // The taps of `count` pixels from `start` on, and zeros up to `rows`: to [pixel][tap]. Pixels lie
+  // behind each other, row by row, so that those above, beside and below are three lines of the
+  // images, which come first, W numbers at a time: to `lines`.
+  template <int W>
+  NAS_DEVICE void load_taps(int64_t start, int count, Sum<T>* lines, Sum<T>* to, int pitch) const {
     const int inputs = int(shape.inputs), width = int(shape.width), height = int(shape.height);
+    const auto begin = [&](int y) { return (start + (y - 1) * width - 1) * inputs; };
+    for (int y = 0; y < 3; ++y) {
+      load_line<W>(begin(y) & -int64_t(W), lines + y * line<W>());
+    }
+    __syncthreads();
+    const int first = int(start % shape.pixels());  // in its image
     for (int i = int(threadIdx.x); i < rows * taps(); i += kThreads) {
       const int row = i / taps(), tap = i % taps();
-      const int64_t pixel = start + row;
-      const int y = int(pixel / width % height) + tap / (3 * inputs) - 1;
-      const int x = int(pixel % width) + tap / inputs % 3 - 1;
+      const int up = tap / (3 * inputs), rest = tap % (3 * inputs);
+      const int y = (first + row) / width % height + up - 1;
+      const int x = (first + row) % width + rest / inputs - 1;
       const bool inside = row < count && y >= 0 && y < height && x >= 0 && x < width;
-      const int64_t from = (pixel / width / height * height + y) * width + x;
-      to[row * pitch + tap] = inside ? images[from * inputs + tap % inputs] : Sum<T>(0);
+      const int skipped = int(begin(up) & (W - 1));
+      to[row * pitch + tap] =
+          inside ? lines[up * line<W>() + skipped + row * inputs + rest] : Sum<T>(0);
+    }
+  }
+
+ private:
+  // From number `from` of the images on, which may be before the first; zeros outside.
+  template <int W>
+  NAS_DEVICE void load_line(int64_t from, Sum<T>* to) const {
+    const int64_t numbers = pixels() * shape.inputs;
+    for (int i = int(threadIdx.x) * W; i < line<W>(); i += kThreads * W) {
+      Sum<T> values[W] = {};
+      if (from + i >= 0 && from + i + W <= numbers) {
+        load<W>(images + from + i, values);
+      } else {
+        NAS_UNROLL for (int w = 0; w < W; ++w) {
+          if (from + i + w >= 0 && from + i + w < numbers) values[w] = images[from + i + w];
+        }
+      }
+      NAS_UNROLL for (int w = 0; w < W; ++w) to[i + w] = values[w];
     }
   }
 };
@@ -41,34 +76,40 @@ struct StemConvolve {
   Sum<T>* to;        // [pixel][output]
   Sum<T>* moments;   // or null: nobody asks
 
-  NAS_BOTH int64_t take(Arena arena, Sum<T>** taps, Sum<T>** out, Sum<T>** staged,
-                        Moments<Sum<T>>* sums) const {
+  NAS_BOTH int64_t take(Arena arena, int vector, Sum<T>** lines, Sum<T>** taps, Sum<T>** out,
+                        Sum<T>** staged, Moments<Sum<T>>* sums) const {
+    *lines = arena.take<Sum<T>>(in.lines());
     *taps = arena.take<Sum<T>>(int64_t(in.rows) * row_pitch(in.taps()));
     *out = arena.take<Sum<T>>(int64_t(in.rows) * row_pitch(in.outputs()));
     *staged = arena.take<Sum<T>>(staged_numbers(in.outputs()));
-    *sums = Moments<Sum<T>>::take(arena, in.outputs(), 1);
+    *sums = Moments<Sum<T>>::take(arena, in.outputs(), vector);
     return arena.used();
   }
 };
 
-template <typename T>
+// V numbers of the outputs' images at a time, and as much as 16 bytes hold of the inputs' where V is
+// not 1.
+template <typename T, int V>
+constexpr int kStemWide = V == 1 ? 1 : kWide<Sum<T>>;
+
+template <typename T, int V>
 NAS_KERNEL_OF(T) stem_convolve(const __grid_constant__ StemConvolve<T> call) {
   using A = Sum<T>;
   const int taps = call.in.taps(), outputs = call.in.outputs(), rows = call.in.rows;
   const int taps_pitch = row_pitch(taps), pitch = row_pitch(outputs);
-  A *in, *out, *staged;
+  A *lines, *in, *out, *staged;
   Moments<A> moments;
-  call.take(Arena(shared_memory()), &in, &out, &staged, &moments);
-  const Share share = Share::of(outputs, 1);
+  call.take(Arena(shared_memory()), V, &lines, &in, &out, &staged, &moments);
+  const Share share = Share::of(outputs, V);
   const Span span =
       Span::of(divide_up(call.in.pixels(), rows), int(gridDim.x), int(blockIdx.x));
-  moments.template start<1>(outputs);
+  moments.template start<V>(outputs);
   clear_padding(in, rows, taps, taps_pitch);
   A numbers = A(0);
   for (int64_t index = span.first; index < span.last; ++index) {
     const int64_t start = index * rows;
     const int count = int(smaller<int64_t>(rows, call.in.pixels() - start));
-    call.in.load_taps(start, count, in, taps_pitch);
+    call.in.template load_taps<kStemWide<T, V>>(start, count, lines, in, taps_pitch);
     product<T>(in, taps_pitch, rows, taps, outputs,
                [&](int k, int c) { return call.in.weights[k * outputs + c]; }, staged,
                ToShared<A>{out, pitch, rows, outputs});
@@ -78,64 +119,55 @@ NAS_KERNEL_OF(T) stem_convolve(const __grid_constant__ StemConvolve<T> call) {
     }
     numbers += A(count);
     for (int item = int(threadIdx.x); item < share.items(); item += kThreads) {
-      const int worker = item / share.across, channel = item % share.across;
+      const int worker = item / share.across, channel = item % share.across * V;
       for (int row = worker; row < count; row += share.workers) {
-        const A value[1] = {out[row * pitch + channel]};
-        call.to[(start + row) * outputs + channel] = value[0];
-        moments.template add<1>(worker, outputs, channel, value);
+        A values[V];
+        NAS_UNROLL for (int v = 0; v < V; ++v) values[v] = out[row * pitch + channel + v];
+        store<V>(call.to + (start + row) * outputs + channel, values);
+        moments.template add<V>(worker, outputs, channel, values);
       }
     }
     __syncthreads();
   }
   if (!call.moments) return;
-  moments.template finish<1>(outputs, numbers,
+  moments.template finish<V>(outputs, numbers,
                              call.moments + moments_numbers(int(blockIdx.x), outputs));
 }
 
-template <typename T>
+template <typename T, int V>
 NAS_KERNEL_OF(T)
     stem_normalise(const __grid_constant__ StemForward<T, Sum<T>> call) {
   using A = Sum<T>;
   const StemShape& shape = call.shape;
-  const int64_t count = shape.images * shape.pixels() * shape.outputs;
+  const int64_t across = shape.outputs / V, count = shape.images * shape.pixels() * across;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count;
        i += int64_t(gridDim.x) * kThreads) {
-    const int c = int(i % shape.outputs);
-    const A factor = call.reciprocal_deviation[c] * call.weights[shape.scale() + c];
-    store(call.output + i,
-          (call.convolution[i] - call.mean[c]) * factor + call.weights[shape.shift() + c]);
+    const int channel = int(i % across) * V;
+    A values[V];
+    load<V>(call.convolution + i * V, values);
+    NAS_UNROLL for (int v = 0; v < V; ++v) {
+      const int c = channel + v;
+      const A factor = call.reciprocal_deviation[c] * call.weights[shape.scale() + c];
+      values[v] = (values[v] - call.mean[c]) * factor + call.weights[shape.shift() + c];
+    }
+    store<V>(call.output + i * V, values);
   }
 }
 
 // Sums of the gradient, and of its product with what was normalised, less its mean: to
 // [chunk][2][output].
-template <typename T>
+template <typename T, int V>
 NAS_KERNEL_OF(T)
     stem_pairs(const __grid_constant__ StemBackward<T, Sum<T>> call, Sum<T>* to) {
   using A = Sum<T>;
   const int outputs = int(call.shape.outputs);
-  const Share share = Share::of(outputs, 1);
-  const Span span =
-      Span::of(call.shape.images * call.shape.pixels(), int(gridDim.x), int(blockIdx.x));
-  A* sums = reinterpret_cast<A*>(shared_memory());
-  A* products = sums + share.items();
-  for (int item = int(threadIdx.x); item < share.items(); item += kThreads) {
-    const int worker = item / share.across, c = item % share.across;
-    A sum = A(0), product = A(0);
-    for (int64_t p = span.first + worker; p < span.last; p += share.workers) {
-      const A gradient = load(call.output_gradient + p * outputs + c);
-      sum += gradient;
-      product += gradient * (call.convolution[p * outputs + c] - call.mean[c]);
-    }
-    sums[item] = sum;
-    products[item] = product;
-  }
-  __syncthreads();
   to += int64_t(blockIdx.x) * 2 * outputs;
-  for (int c = int(threadIdx.x); c < outputs; c += kThreads) {
-    to[c] = column_sum(sums, share.workers, share.across, c);
-    to[outputs + c] = column_sum(products, share.workers, share.across, c);
-  }
+  sum_pairs<V>(call.shape.images * call.shape.pixels(), outputs, to,
+               [&](int64_t at, int channel, A(&gradient)[V], A(&values)[V]) {
+                 load<V>(call.output_gradient + at, gradient);
+                 load<V>(call.convolution + at, values);
+                 NAS_UNROLL for (int v = 0; v < V; ++v) values[v] -= call.mean[channel + v];
+               });
 }
 
 // The gradients of scale and shift, and a, d and b of gradient.cuh, a warp a channel.
@@ -167,7 +199,8 @@ struct StemFilters {
   const Sum<T>*convolution, *coefficients;
   Sum<T>* to;
 
-  NAS_BOTH int64_t take(Arena arena, Sum<T>** taps, Sum<T>** out) const {
+  NAS_BOTH int64_t take(Arena arena, Sum<T>** lines, Sum<T>** taps, Sum<T>** out) const {
+    *lines = arena.take<Sum<T>>(in.lines());
     const int64_t tile = int64_t(in.rows) * row_pitch(in.taps());
     *taps = arena.take<Sum<T>>(larger(tile, int64_t(kOuter)));
     *out = arena.take<Sum<T>>(int64_t(in.rows) * row_pitch(in.outputs()));
@@ -175,13 +208,13 @@ struct StemFilters {
   }
 };
 
-template <typename T>
+template <typename T, int V>
 NAS_KERNEL_ALONE stem_filters(const __grid_constant__ StemFilters<T> call) {
   using A = Sum<T>;
   const int taps = call.in.taps(), outputs = call.in.outputs(), rows = call.in.rows;
   const int taps_pitch = row_pitch(taps), pitch = row_pitch(outputs);
-  A *in, *out;
-  call.take(Arena(shared_memory()), &in, &out);
+  A *lines, *in, *out;
+  call.take(Arena(shared_memory()), &lines, &in, &out);
   const Coefficients<A> coefficients{call.coefficients, outputs};
   const Span span =
       Span::of(divide_up(call.in.pixels(), rows), int(gridDim.x), int(blockIdx.x));
@@ -191,12 +224,20 @@ NAS_KERNEL_ALONE stem_filters(const __grid_constant__ StemFilters<T> call) {
   for (int64_t index = span.first; index < span.last; ++index) {
     const int64_t start = index * rows;
     const int count = int(smaller<int64_t>(rows, call.in.pixels() - start));
-    call.in.load_taps(start, count, in, taps_pitch);
-    for (int i = int(threadIdx.x); i < rows * outputs; i += kThreads) {
-      const int row = i / outputs, c = i % outputs;
-      const int64_t at = (start + row) * outputs + c;
-      out[row * pitch + c] =
-          row < count ? coefficients(load(call.gradient + at), call.convolution[at], c) : A(0);
+    call.in.template load_taps<kStemWide<T, V>>(start, count, lines, in, taps_pitch);
+    const int across = outputs / V;
+    for (int i = int(threadIdx.x); i < rows * across; i += kThreads) {
+      const int row = i / across, c = i % across * V;
+      A gradient[V] = {}, values[V];
+      if (row < count) {
+        const int64_t at = (start + row) * outputs + c;
+        load<V>(call.gradient + at, gradient);
+        load<V>(call.convolution + at, values);
+        NAS_UNROLL for (int v = 0; v < V; ++v) {
+          gradient[v] = coefficients(gradient[v], values[v], c + v);
+        }
+      }
+      NAS_UNROLL for (int v = 0; v < V; ++v) out[row * pitch + c + v] = gradient[v];
     }
     __syncthreads();
     sums.add(in, taps_pitch, out, pitch, rows);
@@ -216,7 +257,7 @@ int64_t fit_rows(int& rows, const Bytes& bytes) {
 }
 constexpr int kStemRows = 128;
 
-template <typename T>
+template <typename T, int V>
 class StemForwardPass {
   using P = Sum<T>;
 
@@ -236,21 +277,20 @@ class StemForwardPass {
                          call_.convolution,
                          call_.training ? moments_ : nullptr};
     const int64_t bytes = fit_rows(work.in.rows, [&] {
-      P *taps, *out, *staged;
+      P *lines, *taps, *out, *staged;
       Moments<P> sums;
-      return work.take(Arena(nullptr), &taps, &out, &staged, &sums);
+      return work.take(Arena(nullptr), V, &lines, &taps, &out, &staged, &sums);
     });
     const int chunks = chunks_for(divide_up(work.in.pixels(), work.in.rows), 1);
-    launch(stem_convolve<T>, {unsigned(chunks), 1, 1}, bytes, stream_, work);
+    launch(stem_convolve<T, V>, {unsigned(chunks), 1, 1}, bytes, stream_, work);
     if (call_.training) {
       Settles settles;
       settles.add({0, 0, int(shape.outputs), chunks});
       launch(settle_moments<P>, {unsigned(divide_up(shape.outputs, kWarps)), 1, 1}, 0, stream_,
              settles, (const P*)moments_, call_.mean, call_.reciprocal_deviation, call_.variance);
     }
-    const int64_t numbers = work.in.pixels() * shape.outputs;
-    launch(stem_normalise<T>, {unsigned(smaller<int64_t>(divide_up(numbers, kThreads), 1024)), 1, 1},
-           0, stream_, call_);
+    const unsigned blocks = blocks_for(work.in.pixels() * shape.outputs / V);
+    launch(stem_normalise<T, V>, {blocks, 1, 1}, 0, stream_, call_);
   }
 
  private:
@@ -260,7 +300,7 @@ class StemForwardPass {
   P* moments_;
 };
 
-template <typename T>
+template <typename T, int V>
 class StemBackwardPass {
   using P = Sum<T>;
 
@@ -279,8 +319,7 @@ class StemBackwardPass {
     const int outputs = int(shape.outputs);
     const int64_t pixels = shape.images * shape.pixels();
     int chunks = chunks_for(divide_up(pixels * outputs, kNumbers), 1);
-    launch(stem_pairs<T>, {unsigned(chunks), 1, 1},
-           2 * int64_t(Share::of(outputs, 1).items()) * int64_t(sizeof(P)), stream_, call_,
+    launch(stem_pairs<T, V>, {unsigned(chunks), 1, 1}, pairs_bytes<P>(outputs, V), stream_, call_,
            pairs_);
     launch(stem_settle<T>, {unsigned(divide_up(outputs, kWarps)), 1, 1}, 0, stream_, call_,
            (const P*)pairs_, chunks, coefficients_);
@@ -290,11 +329,11 @@ class StemBackwardPass {
                         coefficients_,
                         filters_};
     const int64_t bytes = fit_rows(work.in.rows, [&] {
-      P *taps, *out;
-      return work.take(Arena(nullptr), &taps, &out);
+      P *lines, *taps, *out;
+      return work.take(Arena(nullptr), &lines, &taps, &out);
     });
     chunks = chunks_for(divide_up(pixels, work.in.rows), 1);
-    launch(stem_filters<T>, {unsigned(chunks), 1, 1}, bytes, stream_, work);
+    launch(stem_filters<T, V>, {unsigned(chunks), 1, 1}, bytes, stream_, work);
     AddChunks<P> added;
     added.add(filters_, call_.weights_gradient, chunks, shape.taps() * outputs);
     launch(add_chunks<P>, {unsigned(divide_up(added.most, kThreads)), 1, 1}, 0, stream_, added);

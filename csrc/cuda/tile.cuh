@@ -106,29 +106,47 @@ Tiling plan_tiles(int images, int height, int width, int channels, bool whole, B
   return t;
 }
 
-// Fills a region with channels first..first + slab - 1 of the pixels from (y, x) of an image on, and
-// zeros outside of the plane. read(pixel, channel, values) gives V channels of a pixel of the batch.
-template <int V, typename A, typename Read>
-NAS_DEVICE void load_region(const Region& region, const Tiling& t, int image, int images, int y,
-                            int x, int height, int width, int first, int slab, A* to,
-                            const Read& read) {
+// The pixels of a plane that a region holds, from (y, x) of an image on.
+struct Part {
+  int image, images, y, x, height, width;
+
+  // Those of a tile of the plane.
+  NAS_DEVICE static Part of(const Tiling& t, const Tile& tile) {
+    return {tile.image, tile.images, tile.y, tile.x, t.height, t.width};
+  }
+};
+
+// Calls f(at, pixel, channel) for V channels at a time, by their place in the region, of `slab`; the
+// pixel of the batch is negative outside of the plane.
+template <int V, typename F>
+NAS_DEVICE void for_region(const Region& region, const Tiling& t, const Part& part, int slab,
+                           const F& f) {
   const int vectors = slab / V, cells = region.columns * vectors;
   const Divider by_vectors(vectors);
   const int lane = int(threadIdx.x) % 32;
   for (int row = int(threadIdx.x) / 32; row < t.images * region.rows; row += kWarps) {
-    const int n = row / region.rows, from_y = y + row % region.rows;
-    const bool inside = n < images && from_y >= 0 && from_y < height;
-    const int64_t start = (int64_t(image + n) * height + from_y) * width;
+    const int n = row / region.rows, y = part.y + row % region.rows;
+    const bool inside = n < part.images && y >= 0 && y < part.height;
+    const int64_t start = (int64_t(part.image + n) * part.height + y) * part.width;
     for (int i = lane; i < cells; i += 32) {
       const int column = by_vectors(i), channel = (i - column * vectors) * V;
-      A values[V] = {};
-      if (inside && x + column >= 0 && x + column < width) {
-        read(start + x + column, first + channel, values);
-      }
-      A* cell = to + (row * region.pitch + column) * region.cell + channel;
-      NAS_UNROLL for (int v = 0; v < V; ++v) cell[v] = values[v];
+      const int x = part.x + column;
+      f((row * region.pitch + column) * region.cell + channel,
+        inside && x >= 0 && x < part.width ? start + x : -1, channel);
     }
   }
+}
+
+// Fills a region with channels first..first + slab - 1, and zeros outside of the plane. read(pixel,
+// channel, values) gives V channels of a pixel of the batch.
+template <int V, typename A, typename Read>
+NAS_DEVICE void load_region(const Region& region, const Tiling& t, const Part& part, int first,
+                            int slab, A* to, const Read& read) {
+  for_region<V>(region, t, part, slab, [&](int at, int64_t pixel, int channel) {
+    A values[V] = {};
+    if (pixel >= 0) read(pixel, first + channel, values);
+    NAS_UNROLL for (int v = 0; v < V; ++v) to[at + v] = values[v];
+  });
 }
 
 // 4 x 4 outputs of a depthwise convolution. Neighbouring outputs are kStep units of the input apart

@@ -5,7 +5,8 @@
 // thread sanitizer, to which fibers are threads that only barriers and the end of a launch put in
 // order: a missing __syncthreads() and blocks that write to the same place are reported as races.
 // A shuffle orders nothing, for CUDA promises no more than what it gives. Shared memory is exactly
-// as large as the launch asked for and starts as NaN.
+// as large as the launch asked for and starts as NaN. Accesses to other memory are counted by their
+// bytes.
 //
 // A kernel may use what is declared here and nothing else. Slow, and no part of the package.
 
@@ -135,6 +136,13 @@ class Machine {
     acquire(&block_barrier_);
   }
 
+  // Notes that so many bytes are read or written at once.
+  EMULATION_QUIET void touches(const void* at, std::size_t bytes) {
+    const auto* byte = static_cast<const char*>(at);
+    if (byte < shared_ || byte >= shared_ + shared_bytes_) ++touched[bytes];
+  }
+  std::int64_t touched[17] = {};  // how often, by bytes
+
   // What the thread of the same warp with its lane xor `mask` gave.
   template <typename V>
   EMULATION_QUIET V shuffle_xor(V value, int mask) {
@@ -167,6 +175,7 @@ class Machine {
     // until the launch ends: the thread sanitizer knows of no order between blocks
     shared_memory_.emplace_back(new char[shared ? shared : 1]);
     shared_ = shared_memory_.back().get();
+    shared_bytes_ = shared;
     std::memset(shared_, 0xff, shared);
     second_ = !second_;
     auto& fibers = fibers_[second_];
@@ -279,6 +288,7 @@ class Machine {
   std::size_t main_size_ = 0;
   void* main_ = nullptr;
   char* shared_ = nullptr;
+  std::size_t shared_bytes_ = 0;
   std::vector<std::unique_ptr<char[]>> shared_memory_;
   char end_ = 0;  // known by its address: where all threads of a launch have ended
   unsigned ended_ = 0;

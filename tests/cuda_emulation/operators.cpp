@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -22,6 +23,15 @@ struct Emulated : TorchDevice<Emulated> {
 
 // Pretends that a GPU is filled by so many blocks; returns how many it was before.
 int64_t set_blocks(int64_t blocks) { return std::exchange(kBlocks, int(blocks)); }
+
+// How often numbers of images were read or written 1, 2, 4, 8 and 16 bytes at once since this was
+// asked for last.
+std::vector<int64_t> touched() {
+  auto& counts = emulation::Machine::get().touched;
+  const std::vector<int64_t> found{counts[1], counts[2], counts[4], counts[8], counts[16]};
+  std::fill(std::begin(counts), std::end(counts), 0);
+  return found;
+}
 
 // How many blocks read a tile of each state in a forward pass in single precision.
 std::vector<int64_t> reads(int64_t images, int64_t size, int64_t channels, bool reduction) {
@@ -44,6 +54,7 @@ std::vector<int64_t> reads(int64_t images, int64_t size, int64_t channels, bool 
 
 TORCH_LIBRARY(nas_transfer_emulated, m) {
   m.def("reads(int images, int size, int channels, bool reduction) -> int[]", reads);
+  m.def("touched() -> int[]", touched);
   m.def("set_blocks(int blocks) -> int", set_blocks);
   m.def(kForwardSchema);
   m.def(kBackwardSchema);

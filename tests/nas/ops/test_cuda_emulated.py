@@ -88,12 +88,22 @@ def test_cuda_tiles(plan: CellPlan, images: int, size: tuple[int, int], training
 @pytest.mark.parametrize(
     ("images", "size", "channels", "reduction", "reads"),
     [
-        (64, 32, 16, False, [1, 1, 1, 1, 1]),
-        (256, 32, 4, False, [1, 1, 1, 1, 1]),  # PC-DARTS
-        (64, 32, 32, True, [1, 1, 2, 2, 2]),
-        (64, 16, 32, False, [1, 1, 2, 2, 2]),  # half as many tiles as would fill a GPU
-        (64, 16, 64, True, [1, 1, 4, 4, 4]),
-        (64, 8, 64, False, [3, 3, 4, 4, 4]),  # no memory for more sums
+        *[
+            (images, size, channels, reduction, [1, 1, 1, 1, 1])
+            for images in (64, 256)
+            for size, channels, reduction in (
+                *((32, 16, False), (16, 32, False), (8, 64, False)),
+                *((32, 32, True), (16, 64, True)),
+            )
+        ],
+        *[  # PC-DARTS at its own batch
+            (256, size, channels, reduction, [1, 1, 1, 1, 1])
+            for size, channels, reduction in (
+                *((32, 4, False), (16, 8, False), (8, 16, False)),
+                *((32, 8, True), (16, 16, True)),
+            )
+        ],
+        (32, 8, 64, False, [1, 1, 2, 2, 2]),  # fewer tiles than keep a GPU busy
         (1, 2, 16, False, [18, 18, 14, 10, 6]),  # each convolution and pool for itself
         (64, 8, 128, False, []),  # slabs: a tile does not fit
     ],
@@ -110,6 +120,7 @@ def test_cuda_a_state_is_read_once_for_all_its_edges(
 few_blocks = pytest.mark.parametrize("blocks", [40, 6, 1])
 
 
+@pytest.mark.usefixtures("tf32")
 @few_blocks
 @pytest.mark.parametrize(
     ("plan", "images", "size"),
@@ -120,8 +131,9 @@ few_blocks = pytest.mark.parametrize("blocks", [40, 6, 1])
         (FULL, 23, (4, 3)),  # more images than a tile has
         (WIDE, 40, (1, 1)),
         (CellPlan(4, 4, 52, 1, True, False), 3, (7, 5)),  # a slab of channels at a time
+        (CellPlan(4, 4, 64, 1, False, False), 3, (9, 8)),  # more sums than shared memory has
     ],
-    ids=["stride", "wide", "tiles", "images", "pixels", "slabs"],
+    ids=["stride", "wide", "tiles", "images", "pixels", "slabs", "sums"],
 )
 def test_cuda_blocks_that_do_more_of_the_work(
     blocks: int, plan: CellPlan, images: int, size: tuple[int, int]
@@ -151,26 +163,63 @@ def test_cuda_smallest_images(plan: CellPlan, size: tuple[int, int]) -> None:
         compare(draw_call(plan, images, size, missing=(1, 1), training=training, edges=True))
 
 
+def between_reads(images: Tensor) -> Tensor:
+    """A copy whose address does not allow reads of 16 bytes."""
+    count, channels, *size = images.shape
+    memory = torch.empty(images.numel() + 1, dtype=images.dtype)
+    copy = memory[1:].view(count, *size, channels).permute(0, 3, 1, 2)
+    copy.copy_(images)
+    assert copy.data_ptr() % 16 == images.element_size()
+    return copy
+
+
+def unaligned_cells(plans: Any, before: Tensor, previous: Tensor, *rest: Any) -> Tensor:
+    return emulated_cells.mixed_cells(plans, before, between_reads(previous), *rest)
+
+
 def test_cuda_images_may_begin_between_two_reads_of_16_bytes() -> None:
     """The channels would allow such reads, the address does not."""
     call = draw_call(WIDE, 3)
-    memory = torch.empty(call.previous.numel() + 1, dtype=torch.float64)
-    images = memory[1:].view(3, 5, 6, WIDE.previous).permute(0, 3, 1, 2)
-    images.copy_(call.previous)
-    assert images.data_ptr() % 16 == 8
-    images.requires_grad_()
-    output = emulated_cells.mixed_cells(
-        [WIDE],
-        call.before,
-        images,
-        call.weights,
-        Statistics(call.mean.clone(), call.variance.clone(), training=True),
-        call.operations.unsqueeze(0),
+    assert_close(run(unaligned_cells, call), run(mixed.mixed_cells, call))
+
+
+BYTES = (1, 2, 4, 8, 16)
+
+
+def touched() -> dict[int, int]:
+    """How often images were read or written since the last call, by the bytes of an access."""
+    counts = torch.ops.nas_transfer_emulated.touched()
+    return {size: count for size, count in zip(BYTES, counts, strict=True) if count}
+
+
+kinds = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+
+
+@kinds
+@pytest.mark.parametrize("channels", [8, 16, 24, 40, 136])
+@pytest.mark.parametrize("reduction", [False, True])
+def test_cuda_reads_and_writes_16_bytes_at_once(
+    channels: int, reduction: bool, dtype: torch.dtype
+) -> None:
+    """Forward and backward; but not where half of the channels, which a reduction sends one way,
+    are less. With the same outputs, bit by bit, as where the address allows less. (In evaluation,
+    since sums over a batch have another order then.)"""
+    plan = CellPlan(8, 16, channels, 1, reduction=reduction, previous_reduction=reduction)
+    call = draw_call(plan, 3, (6, 5), training=False)
+    call = replace(call, weights=0.2 * call.weights)  # nothing leaves the range of float16
+    call = narrowed(call, dtype) if dtype.itemsize == 2 else call.to(dtype)
+    touched()
+    wide, single = (
+        (run(twin, call)["output"], touched())
+        for twin in (emulated_cells.mixed_cells, unaligned_cells)
     )
-    (gradient,) = torch.autograd.grad(output, images, call.gradient)
-    expected = run(mixed.mixed_cells, call)
-    wanted = {name: expected[name] for name in ("output", "previous")}
-    assert_close({"output": output.detach(), "previous": gradient}, wanted)
+    one_by_one = {dtype.itemsize, call.weights.itemsize}
+    less = reduction and channels // 2 * dtype.itemsize % 16 != 0
+    assert wide[1].keys() == ({16, *one_by_one} if less else {16})
+    assert single[1].keys() == one_by_one
+    assert torch.equal(wide[0], single[0])
 
 
 def test_cuda_without_a_backward_pass_keeps_nothing() -> None:
@@ -422,6 +471,31 @@ def test_cuda_stem_stores_bfloat16() -> None:
     assert half["output"].dtype == torch.bfloat16
     for name, value in exact.items():
         assert (half[name].double() - value).norm() <= 1e-2 * value.norm(), name
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("inputs", "width", "outputs"), [(3, 32, 48), (1, 5, 8), (5, 3, 24)])
+def test_cuda_stem_reads_and_writes_16_bytes_at_once(
+    inputs: int, width: int, outputs: int, stored: torch.dtype
+) -> None:
+    """And gives the same bits as where the images' address does not allow it."""
+    dtype = torch.float64 if stored == torch.float64 else torch.float32
+    values = native_stems.draw(5, inputs, outputs, (7, width))
+    values = {name: x.to(dtype) for name, x in values.items()}
+
+    def unaligned(images: Tensor, *rest: Any) -> Tensor:
+        return emulated_cells.stem(between_reads(images), *rest)
+
+    touched()
+    wide, single = (
+        (native_stems.run(twin, values, training=False, stored=stored), touched())
+        for twin in (emulated_cells.stem, unaligned)
+    )
+    assert wide[1].keys() == {16}
+    assert single[1].keys() == {dtype.itemsize, stored.itemsize}
+    assert torch.equal(wide[0]["output"], single[0]["output"])
+    for name in ("weights", "mean", "variance"):
+        torch.testing.assert_close(wide[0][name], single[0][name])
 
 
 # ---- arguments ----
