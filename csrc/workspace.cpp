@@ -17,12 +17,12 @@ constexpr int64_t kPage = 2 << 20;  // large pages spare the processor most addr
 
 int64_t whole_pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
+// What does not fill a large page is in small ones, which take no memory until they are written to.
 void* allocate(int64_t bytes) {
-  const auto size = static_cast<std::size_t>(whole_pages(bytes));
-  void* memory = std::aligned_alloc(kPage, size);
+  void* memory = std::aligned_alloc(kPage, static_cast<std::size_t>(whole_pages(bytes)));
   if (!memory) throw std::bad_alloc();
 #if defined(__linux__)
-  madvise(memory, size, MADV_HUGEPAGE);
+  madvise(memory, static_cast<std::size_t>(bytes / kPage * kPage), MADV_HUGEPAGE);
 #endif
   return memory;
 }
@@ -55,7 +55,9 @@ int64_t workspace_size() { return size; }
 void* borrow(int64_t bytes) {
   {
     const std::lock_guard<std::mutex> guard(lending);
-    if (const auto found = idle.find(whole_pages(bytes)); found != idle.end()) {
+    // The one that came back last, so that each use finds its own again.
+    auto found = idle.upper_bound(whole_pages(bytes));
+    if (found != idle.begin() && (--found)->first == whole_pages(bytes)) {
       void* piece = found->second.release();
       idle.erase(found);
       return piece;
