@@ -103,18 +103,22 @@ class Backward {
     work.rest = memory_.rest;
     return work;
   }
-  int64_t items() const { return channels() / V + shape().channels - channels(); }
 
   void complete_node(int target) {
     Collect<T> work = collect(target);
     work.to = node(target);
     work.to_rest = memory_.rest + (target - 2) * g_.node_pixels() * (shape().channels - channels());
-    launch(collect_node<T, V>, {blocks_for(g_.node_pixels() * items()), 1, 1}, 0, stream_, work);
+    with_groups<V>(g_, [&](auto groups) {
+      launch(collect_node<T, V, groups()>,
+             {blocks_for(g_.node_pixels() * shape().channels / kTogether<T, V, groups()>), 1, 1}, 0,
+             stream_, work);
+    });
   }
   void complete_input(int s) {
     Collect<T> work = collect(s);
     work.to = memory_.inputs + s * g_.input_pixels() * shape().channels;
-    launch(collect_input<T, V>, {blocks_for(g_.input_pixels() * items()), 1, 1}, 0, stream_, work);
+    launch(collect_input<T, V>, {blocks_for(g_.input_pixels() * shape().channels / V), 1, 1}, 0,
+           stream_, work);
   }
   P* node(int target) const { return memory_.nodes + (target - 2) * g_.plane(); }
 
@@ -332,7 +336,7 @@ class Backward {
     const BypassDots<T> work{g_, call_.states, call_.output, memory_.rest, memory_.sums};
     const int64_t numbers = g_.node_pixels() * (shape().channels - channels());
     const int chunks = chunks_for(divide_up(numbers, kNumbers), kEdges);
-    launch(bypass_dots<T>, {unsigned(chunks), kEdges, 1}, kThreads * int64_t(sizeof(P)), stream_,
+    launch(bypass_dots<T, V>, {unsigned(chunks), kEdges, 1}, kThreads * int64_t(sizeof(P)), stream_,
            work);
     launch(settle_bypass<P>, {1, kEdges, 1}, 0, stream_, chunks, (const P*)memory_.sums,
            call_.bypass_gradient);

@@ -15,9 +15,10 @@ struct PoolsBack {
   const uint8_t* largest;     // where in its window each maximum was
 
   template <int V>
-  NAS_DEVICE void add(const Geometry& g, int s, int64_t image, int y, int x, int channel,
+  NAS_DEVICE void add(const Geometry& g, int s, const Place& place, int channel,
                       Sum<T> (&to)[V]) const {
     if (!gradient) return;
+    const int y = place.y, x = place.x;
     const int stride = g.stride(s), channels = g.channels();
     const int height = g.state_height(s), width = g.state_width(s);
     const int last_y = smaller((y + 1) / stride, g.node_height() - 1);
@@ -27,7 +28,7 @@ struct PoolsBack {
       for (int c = larger(x - 1 + stride - 1, 0) / stride; c <= last_x; ++c) {
         const Sum<T> each = Sum<T>(1) / Sum<T>(rows * Window::of(c, stride, width).count());
         const int64_t at =
-            ((image * g.node_height() + r) * g.node_width() + c) * channels + channel;
+            ((place.image * g.node_height() + r) * g.node_width() + c) * channels + channel;
         const auto here = uint8_t((y - (r * stride - 1)) * 3 + x - (c * stride - 1));
         Sum<T> high[V], average[V];
         load<V>(gradient + at, high);
@@ -53,64 +54,76 @@ struct Collect {
   Sum<T>* to_rest;            // a node: the other channels
 };
 
-// Of channel `channel`, one of those that pass by, at node pixel p: what the edges that leave the
-// state send back.
-template <typename T>
-NAS_DEVICE Sum<T> passed_back(const Collect<T>& call, int64_t p, int channel) {
+// What the edges that leave the state send back to V channels of those that pass by, of node pixel
+// p.
+template <int V, typename T>
+NAS_DEVICE void add_passed_back(const Collect<T>& call, int64_t p, int channel, Sum<T> (&to)[V]) {
   const Geometry& g = call.g;
   const int mixed = g.channels(), passing = int(g.shape.channels) - mixed;
-  Sum<T> total = Sum<T>(0);
   for (int target = larger(2, call.s + 1); target < kStates; ++target) {
-    total += call.bypass[edge_of(call.s, target)] *
-             call.rest[((target - 2) * g.node_pixels() + p) * passing + channel - mixed];
+    const Sum<T> weight = call.bypass[edge_of(call.s, target)];
+    Sum<T> values[V];
+    load<V>(call.rest + ((target - 2) * g.node_pixels() + p) * passing + channel - mixed, values);
+    NAS_UNROLL for (int v = 0; v < V; ++v) to[v] += weight * values[v];
   }
-  return total;
 }
+
+// The gradient of V channels of a node, before the shuffle undone: they are all mixed by the edges
+// that leave it, or none is.
+template <int V, typename T>
+NAS_DEVICE void collect_channels(const Collect<T>& call, int64_t p, int channel, Sum<T> (&to)[V]) {
+  const Geometry& g = call.g;
+  const int mixed = g.channels();
+  load<V>(call.output_gradient + (p * kNodes + call.s - 2) * g.shape.channels + channel, to);
+  if (call.s == kSources) return;
+  if (channel >= mixed) return add_passed_back(call, p, channel, to);
+  Sum<T> more[V];
+  load<V>(call.mixed + p * mixed + channel, more);
+  NAS_UNROLL for (int v = 0; v < V; ++v) to[v] += more[v];
+  call.pools.add(g, call.s, Place::of(p, g.node_height(), g.node_width()), channel, to);
+}
+
+// Numbers that a thread takes together, of G groups: as many of each as are written at once.
+template <typename T, int V, int G>
+constexpr int kTogether = G > 1 ? G * kWide<Sum<T>> : V;
 
 // A node's gradient, before its channels were shuffled. Edges that leave it were added up in
 // `mixed`, or there are none: s is kSources.
-template <typename T, int V>
+template <typename T, int V, int G>
 NAS_KERNEL_OF(T)
     collect_node(const __grid_constant__ Collect<T> call) {
   using A = Sum<T>;
+  constexpr int kEach = kTogether<T, V, G> / G;  // of a group
   const Geometry& g = call.g;
-  const int mixed = g.channels(), channels = int(g.shape.channels), across = mixed / V;
-  const int passing = channels - mixed, items = across + passing;
-  const int height = g.node_height(), width = g.node_width();
+  const int mixed = g.channels(), passing = int(g.shape.channels) - mixed;
+  const int partial = int(g.shape.partial), items = int(g.shape.channels) / kTogether<T, V, G>;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < g.node_pixels() * items;
        i += int64_t(gridDim.x) * kThreads) {
     const int64_t p = i / items;
-    const int item = int(i % items);
-    const T* from = call.output_gradient + (p * kNodes + call.s - 2) * channels;
-    const auto put = [&](int channel, A value) {
-      const int before = unshuffled(g, channel);
-      if (before < mixed) {
-        call.to[p * mixed + before] = value;
-      } else {
-        call.to_rest[p * passing + before - mixed] = value;
-      }
+    const int first = int(i % items) * kTogether<T, V, G>;
+    // Where the gradient of a channel goes that was `before` before the shuffle.
+    const auto place = [&](int before) {
+      return before < mixed ? call.to + p * mixed + before
+                            : call.to_rest + p * passing + before - mixed;
     };
-    if (item >= across) {
-      const int channel = mixed + item - across;
-      A total = load(from + channel);
-      if (call.s < kSources) total += passed_back(call, p, channel);
-      put(channel, total);
+    A sum[kTogether<T, V, G> / V][V];
+    NAS_UNROLL for (int piece = 0; piece < kTogether<T, V, G> / V; ++piece) {
+      collect_channels(call, p, first + piece * V, sum[piece]);
+    }
+    if (G == 1 && partial > 1) {
+      NAS_UNROLL for (int v = 0; v < V; ++v) {
+        const int channel = first + v;
+        store(place(channel % partial * mixed + channel / partial), sum[0][v]);
+      }
       continue;
     }
-    const int channel = item * V;
-    A sum[V];
-    load<V>(from + channel, sum);
-    if (call.s < kSources) {
-      A more[V];
-      load<V>(call.mixed + p * mixed + channel, more);
-      NAS_UNROLL for (int v = 0; v < V; ++v) sum[v] += more[v];
-      call.pools.template add<V>(g, call.s, p / (int64_t(width) * height), int(p / width % height),
-                                 int(p % width), channel, sum);
-    }
-    if (passing) {
-      NAS_UNROLL for (int v = 0; v < V; ++v) put(channel + v, sum[v]);
-    } else {
-      store<V>(call.to + p * mixed + channel, sum);
+    NAS_UNROLL for (int k = 0; k < G; ++k) {
+      A together[kEach];
+      NAS_UNROLL for (int j = 0; j < kEach; ++j) {
+        const int n = j * G + k;
+        together[j] = sum[n / V][n % V];
+      }
+      store<kEach>(place(k * mixed + first / G), together);
     }
   }
 }
@@ -121,29 +134,32 @@ NAS_KERNEL_OF(T)
     collect_input(const __grid_constant__ Collect<T> call) {
   using A = Sum<T>;
   const Geometry& g = call.g;
-  const int mixed = g.channels(), channels = int(g.shape.channels), across = mixed / V;
-  const int passing = channels - mixed, items = across + passing, stride = g.stride(call.s);
-  const int height = g.state_height(call.s), width = g.state_width(call.s);
+  const int mixed = g.channels(), channels = int(g.shape.channels), items = channels / V;
+  const int stride = g.stride(call.s);
   const Plane<const T> state = g.state(call.states, call.output, call.s);
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < g.input_pixels() * items;
        i += int64_t(gridDim.x) * kThreads) {
-    const int64_t p = i / items, image = p / (int64_t(width) * height);
-    const int item = int(i % items), y = int(p / width % height), x = int(p % width);
-    A* to = call.to + p * channels;
-    if (item < across) {
-      const int channel = item * V;
-      A sum[V];
+    const int64_t p = i / items;
+    const int channel = int(i % items) * V;
+    const Place here = Place::of(p, g.state_height(call.s), g.state_width(call.s));
+    A sum[V] = {};
+    if (channel < mixed) {
       load<V>(call.mixed + p * mixed + channel, sum);
-      call.pools.template add<V>(g, call.s, image, y, x, channel, sum);
-      store<V>(to + channel, sum);
-      continue;
+      call.pools.add(g, call.s, here, channel, sum);
+    } else {
+      const Place node{here.image, here.y / stride, here.x / stride};
+      add_passed_back(call, (node.image * g.node_height() + node.y) * g.node_width() + node.x,
+                      channel, sum);
+      if (stride == 2) {  // to the largest alone
+        A high[V];
+        int which[V];
+        bypassing(g, state, call.s, node, channel, high, which);
+        NAS_UNROLL for (int v = 0; v < V; ++v) {
+          if (which[v] != here.y % 2 * 2 + here.x % 2) sum[v] = A(0);
+        }
+      }
     }
-    const int channel = mixed + item - across;
-    int which = 0;
-    if (stride == 2) bypassing(g, state, call.s, image, y / 2, x / 2, channel, &which);
-    const bool mine = which == (y % stride) * 2 + x % stride;
-    const int64_t node = (image * g.node_height() + y / stride) * g.node_width() + x / stride;
-    to[channel] = mine ? passed_back(call, node, channel) : A(0);
+    store<V>(call.to + p * channels + channel, sum);
   }
 }
 

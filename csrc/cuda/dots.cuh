@@ -324,23 +324,25 @@ struct BypassDots {
   Sum<T>* to;
 };
 
-template <typename T>
+template <typename T, int V>
 NAS_KERNEL_OF(T)
     bypass_dots(const __grid_constant__ BypassDots<T> call) {
   using A = Sum<T>;
   const Geometry& g = call.g;
   const int edge = int(blockIdx.y), s = source_of(edge), target = target_of(edge);
   const int mixed = g.channels(), passing = int(g.shape.channels) - mixed;
-  const int height = g.node_height(), width = g.node_width();
+  const int across = passing / V;
   const Plane<const T> state = g.state(call.states, call.output, s);
   const A* rest = call.rest + (target - 2) * g.node_pixels() * passing;
-  const Span span = Span::of(g.node_pixels() * passing, int(gridDim.x), int(blockIdx.x));
+  const Span span = Span::of(g.node_pixels() * across, int(gridDim.x), int(blockIdx.x));
   A total = A(0);
   for (int64_t i = span.first + threadIdx.x; i < span.last; i += kThreads) {
-    const int64_t p = i / passing;
-    int which;
-    total += rest[i] * bypassing(g, state, s, p / (int64_t(width) * height), int(p / width % height),
-                                 int(p % width), mixed + int(i % passing), &which);
+    A gradient[V], values[V];
+    int which[V];
+    load<V>(rest + i * V, gradient);
+    bypassing(g, state, s, Place::of(i / across, g.node_height(), g.node_width()),
+              mixed + int(i % across) * V, values, which);
+    NAS_UNROLL for (int v = 0; v < V; ++v) total += gradient[v] * values[v];
   }
   A* sums = reinterpret_cast<A*>(shared_memory());
   sums[threadIdx.x] = total;

@@ -252,9 +252,11 @@ class Forward {
     Arena arena(nullptr);
     arena.template take<P>(work.terms * channels);
     arena.template take<P>(channels);
-    const int64_t items = channels / V + shape().channels - channels;
-    launch(combine<T, V>, {blocks_for(g_.node_pixels() * items), 1, 1}, arena.used(), stream_,
-           work);
+    with_groups<V>(g_, [&](auto groups) {
+      launch(combine<T, V, groups()>,
+             {blocks_for(g_.node_pixels() * shape().channels / (V * groups())), 1, 1}, arena.used(),
+             stream_, work);
+    });
   }
 
   const CellForward<T, P>& call_;

@@ -16,6 +16,16 @@ struct Plane {
   NAS_BOTH T* pixel(int64_t p) const { return at + p * pitch; }
 };
 
+// Where pixel p of the batch is.
+struct Place {
+  int64_t image;
+  int y, x;
+
+  NAS_BOTH static Place of(int64_t p, int height, int width) {
+    return {p / (int64_t(width) * height), int(p / width % height), int(p % width)};
+  }
+};
+
 constexpr int kFirst = 4;  // of an edge's convolutions read its state
 
 struct Geometry {

@@ -25,7 +25,13 @@ FULL = CellPlan(6, 5, 8, 1, reduction=False, previous_reduction=False)
 PARTIAL = CellPlan(5, 6, 12, 2, reduction=True, previous_reduction=True)
 WIDE = CellPlan(8, 16, 16, 1, reduction=True, previous_reduction=True)  # 16 bytes at a time
 WIDE_PARTIAL = CellPlan(16, 8, 32, 4, reduction=False, previous_reduction=True)
-PLANS = {"full": FULL, "partial": PARTIAL, "wide": WIDE, "wide-partial": WIDE_PARTIAL}
+PLANS = {
+    "full": FULL,
+    "partial": PARTIAL,
+    "wide": WIDE,
+    "wide-partial": WIDE_PARTIAL,
+    "wide-partial-reduction": replace(WIDE_PARTIAL, reduction=True),
+}
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 modes = pytest.mark.parametrize("training", [True, False])
 
@@ -62,6 +68,17 @@ def test_cuda_equals_eager(plan: CellPlan, choice: str, training: bool) -> None:
     ours = compare(call)
     if call.active is not None:
         assert not ours["operations"][~call.active].any()
+
+
+@pytest.mark.parametrize("partial", [1, 2, 4, 8])
+@pytest.mark.parametrize("mixed_channels", [3, 4, 8])
+@pytest.mark.parametrize("reduction", [False, True])
+def test_cuda_any_part_of_the_channels_is_mixed(
+    partial: int, mixed_channels: int, reduction: bool
+) -> None:
+    """One by one or, where channels are even, two at a time; a quarter has kernels of its own."""
+    plan = CellPlan(8, 4, mixed_channels * partial, partial, reduction, previous_reduction=False)
+    compare(draw_call(plan, 3, (5, 7), edges=partial > 1))
 
 
 tiles = pytest.mark.parametrize(
@@ -197,29 +214,53 @@ kinds = pytest.mark.parametrize(
 )
 
 
-@kinds
-@pytest.mark.parametrize("channels", [8, 16, 24, 40, 136])
-@pytest.mark.parametrize("reduction", [False, True])
-def test_cuda_reads_and_writes_16_bytes_at_once(
-    channels: int, reduction: bool, dtype: torch.dtype
-) -> None:
-    """Forward and backward; but not where half of the channels, which a reduction sends one way,
-    are less. With the same outputs, bit by bit, as where the address allows less. (In evaluation,
-    since sums over a batch have another order then.)"""
-    plan = CellPlan(8, 16, channels, 1, reduction=reduction, previous_reduction=reduction)
-    call = draw_call(plan, 3, (6, 5), training=False)
+def count_accesses(plan: CellPlan, dtype: torch.dtype) -> tuple[list[dict[int, int]], set[int]]:
+    """How often what is accessed at once, forward and backward, where addresses allow 16 bytes and
+    where they do not; and the bytes of single numbers. What both give has the same bits. (In
+    evaluation, since sums over a batch have another order then.)"""
+    call = draw_call(plan, 3, (6, 5), training=False, edges=plan.partial > 1)
     call = replace(call, weights=0.2 * call.weights)  # nothing leaves the range of float16
     call = narrowed(call, dtype) if dtype.itemsize == 2 else call.to(dtype)
     touched()
-    wide, single = (
-        (run(twin, call)["output"], touched())
-        for twin in (emulated_cells.mixed_cells, unaligned_cells)
-    )
-    one_by_one = {dtype.itemsize, call.weights.itemsize}
-    less = reduction and channels // 2 * dtype.itemsize % 16 != 0
-    assert wide[1].keys() == ({16, *one_by_one} if less else {16})
-    assert single[1].keys() == one_by_one
-    assert torch.equal(wide[0], single[0])
+    found, counts = [], []
+    for twin in (emulated_cells.mixed_cells, unaligned_cells):
+        found.append(run(twin, call))
+        counts.append(touched())
+    for name in ("output", "before", "previous"):
+        assert torch.equal(found[0][name], found[1][name]), name
+    return counts, {dtype.itemsize, call.weights.itemsize}
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("channels", "partial"),
+    [(8, 1), (16, 1), (24, 1), (40, 1), (136, 1), (32, 4), (64, 4), (96, 4), (160, 4)],
+)
+@pytest.mark.parametrize("reduction", [False, True])
+def test_cuda_reads_and_writes_16_bytes_at_once(
+    channels: int, partial: int, reduction: bool, dtype: torch.dtype
+) -> None:
+    """Forward and backward, in cells of DARTS and PC-DARTS; but not where half of the mixed
+    channels, which a reduction sends one way, are less."""
+    plan = CellPlan(8, 16, channels, partial, reduction=reduction, previous_reduction=reduction)
+    (wide, single), one_by_one = count_accesses(plan, dtype)
+    less = reduction and channels // partial // 2 * dtype.itemsize % 16 != 0
+    assert wide.keys() == ({16, *one_by_one} if less else {16})
+    assert single.keys() == one_by_one
+
+
+@kinds
+@pytest.mark.parametrize("partial", [2, 8])
+def test_cuda_other_parts_than_a_quarter_are_shuffled_one_by_one(
+    partial: int, dtype: torch.dtype
+) -> None:
+    """The nodes' channels after the shuffle forward, before it backward, and nothing else."""
+    plan = CellPlan(8, 16, 16 * partial, partial, reduction=False, previous_reduction=False)
+    (wide, single), one_by_one = count_accesses(plan, dtype)
+    assert wide.keys() == {16, *one_by_one}
+    nodes = 4 * 3 * 6 * 5 * plan.channels  # numbers of all
+    assert sum(count for size, count in wide.items() if size < 16) == 2 * nodes
+    assert single.keys() == one_by_one
 
 
 def test_cuda_without_a_backward_pass_keeps_nothing() -> None:
