@@ -1,8 +1,9 @@
 // The backward pass of a cell.
 //
-// The forward pass kept the states, the statistics and what each convolution gave before its
-// normalisation; pools, rectified inputs and depthwise outputs are computed again. Nodes go from
-// the last to the first, since a node's gradient is complete when all edges that leave it are done.
+// The forward pass kept the states, the statistics and of the convolutions before their normalisation
+// what edge.h, Kept, says; the others, pools, rectified inputs and depthwise outputs are computed
+// again. Nodes go from the last to the first, since a node's gradient is complete when all edges that
+// leave it are done.
 
 #pragma once
 

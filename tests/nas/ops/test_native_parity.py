@@ -27,7 +27,7 @@ from nas.ops import backend, build, mixed, native
 from nas.ops.mixed import CellPlan
 backend.choose("native")
 print(build.load().module.build_info()["instruction_set"])
-for channels in (2, 6, 16, 20):
+for channels in (2, 4, 6, 8, 16, 20):
     for partial, reduction in ((1, False), (2, True)):
         plan = CellPlan(3, 9, channels * partial, partial, reduction, reduction)
         for training in (True, False):
