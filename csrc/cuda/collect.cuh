@@ -68,8 +68,8 @@ NAS_DEVICE void add_passed_back(const Collect<T>& call, int64_t p, int channel, 
   }
 }
 
-// The gradient of V channels of a node, before the shuffle undone: they are all mixed by the edges
-// that leave it, or none is.
+// The gradient of V channels of a node as they are after the shuffle. The edges that leave it mix all
+// of them or none.
 template <int V, typename T>
 NAS_DEVICE void collect_channels(const Collect<T>& call, int64_t p, int channel, Sum<T> (&to)[V]) {
   const Geometry& g = call.g;
