@@ -209,7 +209,7 @@ struct Kept {
   }
   int64_t of_edge() const { return all ? kConvolutions : 2; }
   int64_t convolution(int edge, int convolution) const {
-    return (edge * of_edge() + (all ? convolution : convolution / kSep5A)) * planes;
+    return (edge * of_edge() + (all ? convolution : convolution == kSep5A)) * planes;
   }
   int64_t reduced(int slot) const { return (kEdges * of_edge() + slot) * planes; }
   int64_t size() const { return reduced(reduction ? kReducing : 0); }

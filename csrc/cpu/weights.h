@@ -58,8 +58,7 @@ class EdgeWeights {
   // `plain` for convolutions, `transposed` for their gradients.
   EdgeWeights(const CellShape& shape, const Layout& layout, Arena& arena, bool plain,
               bool transposed)
-      : shape_(shape), layout_(layout), pointwise_{layout.group, layout.groups, layout.channels},
-        plain_(plain), turned_(transposed) {
+      : shape_(shape), layout_(layout), pointwise_{layout.group, layout.groups, layout.channels} {
     const int64_t matrices = kEdges * kConvolutions * pointwise_.weights();
     const int64_t halves = kReducing * 2 * pointwise_.weights();
     taps_ = arena.take<Vec<T>>(kEdges * kTaps * layout.groups);
@@ -105,19 +104,19 @@ class EdgeWeights {
         }
       }
       const T* from = weights + shape_.pointwise() + (edge * kConvolutions + convolution) * c * c;
-      if (plain_) pack_square(from, 0, c, matrix(edge, convolution), false);
-      if (turned_) pack_square(from, 0, c, transposed(edge, convolution), true);
+      if (matrices_) pack_square(from, 0, c, matrix(edge, convolution), false);
+      if (transposed_) pack_square(from, 0, c, transposed(edge, convolution), true);
     }
     if (shape_.reduction && source < 2) {
       // Each half of the outputs sees the even or the odd pixels: zeros elsewhere.
       const int slot = reducing_slot(source, target);
       const T* from = weights + shape_.reduce() + slot * c * c;
       const int64_t half = c / 2;
-      if (plain_) {
+      if (matrices_) {
         pack_square(from, 0, half, reduce(slot, 0), false);
         pack_square(from, half, c, reduce(slot, 1), false);
       }
-      if (turned_) {
+      if (transposed_) {
         pack_square(from, 0, half, reduce_transposed(slot, 0), true);
         pack_square(from, half, c, reduce_transposed(slot, 1), true);
       }
@@ -151,7 +150,6 @@ class EdgeWeights {
   CellShape shape_;
   Layout layout_;
   Pointwise<T> pointwise_;
-  bool plain_, turned_;
   Vec<T>* taps_ = nullptr;
   Vec<T>* matrices_ = nullptr;
   Vec<T>* reduce_ = nullptr;
