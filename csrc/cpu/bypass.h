@@ -124,7 +124,7 @@ template <typename S>
 NAS_INLINE auto highest(const S* image, const Square& square, int64_t at, int64_t count) {
   auto high = load_channels(image + square.pixel[0] + at, count);
   for (int i = 1; i < square.count; ++i) {
-    high = maximum(high, load_channels(image + square.pixel[i] + at, count));
+    high = maximum<true>(high, load_channels(image + square.pixel[i] + at, count));
   }
   return high;
 }
@@ -160,16 +160,16 @@ bool unpool_row(const Geometry<T>& g, int64_t start, const S* image, int64_t y, 
         value[i] = load_channels(image + square.pixel[i] + at, count);
       }
       Vec<T> high = value[0];
-      for (int i = 1; i < square.count; ++i) high = maximum(high, value[i]);
+      for (int i = 1; i < square.count; ++i) high = maximum<true>(high, value[i]);
       Vec<T> left = load_channels(gradient + x * channels + at, count);
       if constexpr (Nan) {
         Vec<T> of_nan = claim_nan(left, high);
-        for (int i = square.count - 1; i >= 0; --i) share[i] = claim(of_nan, value[i], high);
+        for (int i = square.count - 1; i >= 0; --i) share[i] = claim<true>(of_nan, value[i], high);
       } else {
         none += high - high;
       }
       for (int i = 0; i < square.count; ++i) {
-        const Vec<T> taken = claim(left, value[i], high);
+        const Vec<T> taken = claim<Nan>(left, value[i], high);
         store_channels(Nan ? share[i] + taken : taken, to + square.pixel[i] + at, count);
       }
     }
