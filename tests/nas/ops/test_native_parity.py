@@ -21,7 +21,14 @@ pytestmark = pytest.mark.usefixtures("native")
 TESTS = Path(__file__).parents[2]
 FULL = CellPlan(6, 5, 8, 1, reduction=False, previous_reduction=False)
 PARTIAL = CellPlan(5, 6, 12, 2, reduction=True, previous_reduction=True)
+# Shuffled in registers (csrc/cpu/shuffle.h).
+QUARTERS = {
+    f"quarter-{channels}": CellPlan(16, 5, channels, 4, reduction, previous_reduction=False)
+    for channels, reduction in ((16, False), (32, True), (64, False))
+}
+PLANS = {"full": FULL, "partial": PARTIAL, **QUARTERS}
 INSTRUCTIONS = """
+import torch
 from native_cells import CHOICES, assert_close, draw_call, run
 from nas.ops import backend, build, mixed, native
 from nas.ops.mixed import CellPlan
@@ -33,6 +40,14 @@ for channels in (2, 4, 6, 8, 16, 20):
         for training in (True, False):
             call = draw_call(plan, 3, (7, 6), training=training, edges=partial > 1)
             assert_close(run(native.mixed_cells, call), run(mixed.mixed_cells, call))
+for channels in (16, 32, 64):
+    for reduction in (True, False):
+        plan = CellPlan(3, 9, channels, 4, reduction, reduction)
+        call = draw_call(plan, 3, (7, 6), edges=True)
+        exact = run(mixed.mixed_cells, call)
+        assert_close(run(native.mixed_cells, call), exact)
+        for name, single in run(native.mixed_cells, call.to(torch.float32)).items():
+            assert (single - exact[name]).norm() <= 1e-4 * exact[name].norm(), name
 """
 
 
@@ -42,7 +57,7 @@ def test_equals_eager_for_any_shape(call: Call) -> None:
     assert_close(run(native.mixed_cells, call), run(mixed.mixed_cells, call))
 
 
-@pytest.mark.parametrize("plan", [FULL, PARTIAL], ids=["full", "partial"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("training", [True, False])
 def test_equals_eager(plan: CellPlan, choice: str, training: bool) -> None:
@@ -90,7 +105,7 @@ def test_means_far_from_zero_do_not_cancel() -> None:
     )
 
 
-@pytest.mark.parametrize("plan", [FULL, PARTIAL], ids=["full", "partial"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("training", [True, False])
 def test_single_precision_is_as_good_as_that_of_eager(plan: CellPlan, training: bool) -> None:
     """Both against eager in double precision, by the median over draws."""

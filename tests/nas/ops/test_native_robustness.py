@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("native")
 FULL = CellPlan(3, 6, 8, 1, reduction=False, previous_reduction=False)
 REDUCING = CellPlan(6, 3, 16, 1, reduction=True, previous_reduction=False)
 PARTIAL = CellPlan(5, 6, 8, 2, reduction=True, previous_reduction=True)
-PLANS = {"full": FULL, "reducing": REDUCING, "partial": PARTIAL}
+QUARTER = CellPlan(5, 6, 16, 4, reduction=False, previous_reduction=True)
+PLANS = {"full": FULL, "reducing": REDUCING, "partial": PARTIAL, "quarter": QUARTER}
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -110,7 +111,7 @@ def assert_spread_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> N
 
 def draw_spoilt(draw: random.Random, training: bool) -> Call:
     partial = draw.choice((1, 1, 2, 4))
-    channels = partial * draw.choice((2, 3, 4, 6, 10, 16, 20))
+    channels = partial * draw.choice((2, 3, 4, 6, 8, 10, 16, 20))
     plan = CellPlan(
         draw.choice((1, 3, 18)),
         draw.choice((2, 5, 17)),
@@ -143,6 +144,21 @@ def compare_spoilt(where: str, value: float, training: bool) -> None:
         compared += 1
         spread += any(not result.isfinite().all() for result in theirs.values())
     assert spread or value == -INFINITY  # which the ReLU takes away
+
+
+@pytest.mark.parametrize("channels", [16, 32, 64])
+@pytest.mark.parametrize("where", ["before", "previous", "gradient", "operations", "edges"])
+def test_nan_spreads_as_in_eager_where_registers_are_shuffled(where: str, channels: int) -> None:
+    """Single precision has a shuffle of its own (csrc/cpu/shuffle.h)."""
+    draw = random.Random(f"{where} {channels}")
+    for reduction in (False, True):
+        plan = CellPlan(5, 6, channels, 4, reduction=reduction, previous_reduction=False)
+        call = draw_call(plan, 3, (5, 6), edges=True).to(torch.float32)
+        assert spoil(call, where, NAN, draw)
+        theirs = run(mixed.mixed_cells, call)
+        assert any(not result.isfinite().all() for result in theirs.values())
+        for name, value in run(native.mixed_cells, call).items():
+            assert torch.equal(value.isfinite(), theirs[name].isfinite()), name
 
 
 @pytest.mark.parametrize("training", [True, False])
