@@ -9,7 +9,7 @@
 
 #include "backward_bypass.h"
 #include "backward_edge.h"
-#include "preprocess.h"
+#include "backward_preprocess.h"
 
 namespace nas::NAS_ISA {
 
@@ -19,7 +19,7 @@ class BackwardCell {
   BackwardCell(const CellBackward<S, T>& call, const ThreadPool& pool, void* workspace)
       : arena_(workspace), shared_(call, pool, arena_), pools_(shared_, arena_),
         bypass_(shared_, arena_), edges_(shared_, pools_, arena_),
-        preprocess_(call.shape, pool.threads, arena_, true) {
+        preprocess_(call.shape, pool.threads, arena_) {
     const auto& shape = call.shape;
     state_gradients_ = arena_.take<S>(2 * shape.images * shape.height * shape.width * shape.channels);
   }
@@ -46,7 +46,7 @@ class BackwardCell {
     complete_inputs();
     if (call.bypass_gradient) bypass_.merge();
     if (call.before_gradient || call.previous_gradient || call.weights_gradient) {
-      preprocess_.backward(call, state_gradients_, shared_.pool);
+      preprocess_.run(call, state_gradients_, shared_.pool);
     }
   }
 
@@ -148,7 +148,7 @@ class BackwardCell {
   PoolBackward<S, T> pools_;
   BypassBackward<S, T> bypass_;
   EdgeBackward<S, T> edges_;
-  Preprocess<S, T> preprocess_;
+  PreprocessBackward<S, T> preprocess_;
   S* state_gradients_;  // [2, N, H, W, C]
 };
 

@@ -9,7 +9,7 @@
 
 #include "edge.h"
 #include "forward_bypass.h"
-#include "preprocess.h"
+#include "forward_preprocess.h"
 
 namespace nas::NAS_ISA {
 
@@ -20,7 +20,7 @@ class ForwardCell {
   ForwardCell(const CellForward<S, T>& call, const ThreadPool& pool, void* workspace)
       : call_(call), pool_(pool), geometry_(call.shape), arena_(workspace),
         weights_(call.shape, geometry_.lanes, arena_, true, false),
-        preprocess_(call.shape, pool.threads, arena_, false),
+        preprocess_(call.shape, pool.threads, arena_),
         bypass_(call, geometry_, pool, arena_) {
     const auto& g = geometry_;
     for (int s = 0; s < kSources; ++s) {
@@ -60,7 +60,7 @@ class ForwardCell {
       weights_.pack(call_.weights, int(edge), int(edge) - first_edge(target), target);
       if (call_.kept) clear_dead(int(edge), int(edge) - first_edge(target), target);
     });
-    preprocess_.forward(call_, pool_, merged_, [&](int s, int64_t chunk) {
+    preprocess_.run(call_, pool_, merged_, [&](int s, int64_t chunk) {
       for_blocks(chunk, [&](int64_t block) { gather_state(s, block); });
     });
     for (int target = 2; target < kStates; ++target) make_node(target);
@@ -392,7 +392,7 @@ class ForwardCell {
   Geometry<T> geometry_;
   Arena arena_;
   EdgeWeights<T> weights_;
-  Preprocess<S, T> preprocess_;
+  PreprocessForward<S, T> preprocess_;
   BypassForward<S, T> bypass_;
   Sixteen<S>* states_[kSources];     // [block][group][pixel]
   Sixteen<S>* pools_[kSources][2];       // of each state: maximum, average
