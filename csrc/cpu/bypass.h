@@ -55,7 +55,8 @@ struct PassedRow {
 
   // The way back to the state that edges leave: to[x][c] = own[x][c] + sum over edges of
   // weights[edge] * gradient[edge][x][c] and, to weigh the edges, products[edge] +=
-  // gradient[edge][x][c] * state[x][c]. `own`, which may be null, has all channels; of the gradients [x][C] the mixed ones are zero.
+  // gradient[edge][x][c] * state[x][c]. `own`, which may be null, has all channels; of the gradients
+  // [x][C] the mixed ones are zero.
   template <int Edges, bool Weigh, typename S, typename U>
   void send_back(const S* const* gradients, const T* weights, Images<const S> state,
                  Images<const S> own, Vec<T>* products, U* to) const {
