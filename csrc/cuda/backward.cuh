@@ -35,7 +35,9 @@ class Backward {
     if (call_.bypass_gradient) bypass_gradients();
     if (!call_.before_gradient && !call_.previous_gradient && !call_.weights_gradient) return;
     for (int s = 0; s < 2; ++s) complete_input(s);
-    InputsBack<T, V>(call_, memory_, stream_).run();
+    with_whole<T, V>(shape(), [&](auto whole) {
+      InputsBack<T, whole()>(call_, memory_, stream_).run();
+    });
   }
 
  private:

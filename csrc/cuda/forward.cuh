@@ -91,6 +91,18 @@ inline Jobs leaving(const bool (&live)[kEdges][kOperations], int first, int last
   return jobs;
 }
 
+// Calls f with how many channels of those that are not cut into mixed and passing ones are read at
+// once, as a constant: V, or 16 bytes where the mixed ones are less.
+template <typename T, int V, typename F>
+void with_whole(const CellShape& shape, const F& f) {
+  if constexpr (V > 1 && V < kWide<T>) {
+    const bool wide = shape.channels % kWide<T> == 0 && shape.before_channels % kWide<T> == 0 &&
+                      shape.previous_channels % kWide<T> == 0;
+    if (wide) return f(std::integral_constant<int, kWide<T>>());
+  }
+  f(std::integral_constant<int, V>());
+}
+
 template <typename T, int V>
 class Forward {
  public:
@@ -143,6 +155,8 @@ class Forward {
            settles, (const P*)moments_, call_.mean, call_.reciprocal_deviation, call_.variance);
   }
 
+  // kWidth channels at a time.
+  template <int kWidth>
   void run_pointwise(PointwiseForward<T>& work, const int64_t* statistics) {
     if (!work.count) return;
     P *in, *out, *staged;
@@ -155,12 +169,12 @@ class Forward {
     work.rows = pointwise_rows(inputs, outputs);
     work.moments = moments();
     int64_t bytes;
-    while ((bytes = work.take(Arena(nullptr), V, &in, &out, &staged, &sums)) > kSharedBytes) {
+    while ((bytes = work.take(Arena(nullptr), kWidth, &in, &out, &staged, &sums)) > kSharedBytes) {
       if (work.rows == 1) throw std::invalid_argument("a cell has too many channels for a GPU");
       work.rows /= 2;
     }
     const int chunks = chunks_for(divide_up(work.pixels, work.rows), work.count);
-    launch(pointwise<T, V>, {unsigned(chunks), unsigned(work.count), 1}, bytes, stream_, work);
+    launch(pointwise<T, kWidth>, {unsigned(chunks), unsigned(work.count), 1}, bytes, stream_, work);
     Settles settles;
     for (int i = 0; i < work.count; ++i) {
       const int channels = work.job[i].outputs;
@@ -180,9 +194,12 @@ class Forward {
       statistics[which] = shape().preprocess_statistics(which);
     }
     work.count = 2;
-    run_pointwise(work, statistics);
-    launch(normalise_states<T, V>, {blocks_for(g_.input_pixels() * shape().channels / V), 2, 1}, 0,
-           stream_, g_, call_.states, (const P*)call_.mean, (const P*)call_.reciprocal_deviation);
+    with_whole<T, V>(shape(), [&](auto whole) {
+      this->template run_pointwise<whole()>(work, statistics);
+      launch(normalise_states<T, whole()>,
+             {blocks_for(g_.input_pixels() * shape().channels / whole()), 2, 1}, 0, stream_, g_,
+             call_.states, (const P*)call_.mean, (const P*)call_.reciprocal_deviation);
+    });
   }
 
   void convolve_all(const Jobs& jobs, T* to) {
@@ -214,7 +231,7 @@ class Forward {
       work.to[work.count] = kept_ + g_.reduced(slot);
       statistics[work.count++] = shape().reduce_statistics(slot);
     }
-    run_pointwise(work, statistics);
+    run_pointwise<V>(work, statistics);
   }
 
   void make_node(int target) {
