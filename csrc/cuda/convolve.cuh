@@ -46,7 +46,7 @@ struct Inputs {
   const Sum<T>*mean, *reciprocal_deviation;
   const Sum<T>* weights;
 
-  NAS_DEVICE Plane<const T> plane(int edge, int convolution) const {
+  NAS_BOTH Plane<const T> plane(int edge, int convolution) const {
     return {is_second(convolution) ? seconds + g.second_convolution(edge, convolution)
                                    : kept + g.first_convolution(edge, convolution),
             g.channels()};
