@@ -42,14 +42,18 @@ template <typename T>
 struct Inputs {
   Geometry g;
   const T *states, *output;   // see cell.h
-  const T *kept, *seconds;    // planes of first convolutions, and of second ones of one node
+  const T *kept, *passing;    // planes of convolutions
+  int first;                  // edge of those that pass
   const Sum<T>*mean, *reciprocal_deviation;
   const Sum<T>* weights;
 
   NAS_BOTH Plane<const T> plane(int edge, int convolution) const {
-    return {is_second(convolution) ? seconds + g.second_convolution(edge, convolution)
-                                   : kept + g.first_convolution(edge, convolution),
-            g.channels()};
+    return {place(kept, passing, edge, convolution), g.channels()};
+  }
+  template <typename At>
+  NAS_BOTH At* place(At* kept, At* passing, int edge, int convolution) const {
+    return g.keeps(convolution) ? kept + g.kept_convolution(edge, convolution)
+                                : passing + g.passing_convolution(edge, convolution, first);
   }
   // Calls f(reader) with what gives the input of a convolution.
   template <typename F>
@@ -127,7 +131,7 @@ struct Convolve {
   Tiling tiling;
   int64_t region;              // numbers of a group's largest
   int summed;                  // jobs of a block whose sums are in shared memory: all or none
-  T* to;                       // planes of first convolutions, or of second ones
+  T *kept, *passing;           // planes of convolutions; null where the jobs have none of these
   T* pools[kSources];          // of a state: maximum, then average
   uint8_t* largest[kSources];  // where in its window a maximum is; null where nobody asks
   Sum<T>* moments;             // of each job, or null where nobody asks
@@ -265,8 +269,7 @@ class ConvolveBlock {
                      taps + first, channels_, memory_.depthwise + first, pitch);
     }
     const A* matrix = call_.in.weights + matrix_at(g, edge, convolution);
-    T* plane = call_.to + (is_second(convolution) ? g.second_convolution(edge, convolution)
-                                                  : g.first_convolution(edge, convolution));
+    T* plane = call_.in.place(call_.kept, call_.passing, edge, convolution);
     product<T>(memory_.depthwise, pitch, t_.pixels(), channels_, channels_,
                [&](int k, int c) { return matrix[k * channels_ + c]; }, memory_.staged,
                output(tile, plane, job, 0, channels_));

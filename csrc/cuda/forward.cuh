@@ -65,6 +65,16 @@ inline Jobs second_convolutions(const bool (&live)[kEdges][kOperations], int tar
   }
   return jobs;
 }
+// And the dilated ones.
+inline void add_dilated(const bool (&live)[kEdges][kOperations], int target, Jobs& jobs) {
+  for (int s = 0; s < target; ++s) {
+    const int edge = edge_of(s, target);
+    for (const int c : {kDilated3, kDilated5}) {
+      if (live[edge][operation_of(c)]) jobs.add(edge, c);
+    }
+    jobs.close();
+  }
+}
 // The first convolutions of an edge.
 inline void add_first(const bool (&live)[kEdges][kOperations], int edge, Jobs& jobs) {
   for (const int c : {kSep3A, kSep5A, kDilated3, kDilated5}) {
@@ -111,7 +121,7 @@ class Forward {
   Forward(const CellForward<T, P>& call, void* workspace, Stream stream)
       : call_(call), g_{call.shape}, stream_(stream), arena_(workspace) {
     kept_ = call.kept ? call.kept : arena_.template take<T>(g_.kept());
-    seconds_ = arena_.template take<T>(g_.seconds());
+    passing_ = arena_.template take<T>(g_.passing(kEdges));
     for (auto& pooled : pools_) pooled = arena_.template take<T>(2 * g_.plane());
     // no launch has more groups than Jobs::kMost, or more blocks than that and kBlocks
     const int64_t blocks = kBlocks + Jobs::kMost;
@@ -130,9 +140,9 @@ class Forward {
     preprocess();
     for (int target = 2; target < kStates; ++target) {
       const int first = target == 2 ? 0 : target - 1;  // states that have just been made
-      convolve_all(leaving(call_.live, first, target), kept_);
+      convolve_all(leaving(call_.live, first, target));
       reductions(target);
-      convolve_all(second_convolutions(call_.live, target), seconds_);
+      convolve_all(second_convolutions(call_.live, target));
       make_node(target);
     }
   }
@@ -142,8 +152,8 @@ class Forward {
   const bool* live(int edge) const { return call_.live[edge]; }
   P* moments() const { return call_.training ? moments_ : nullptr; }
   Inputs<T> inputs() const {
-    return {g_,      call_.states, call_.output, kept_,
-            seconds_, call_.mean,   call_.reciprocal_deviation, call_.weights};
+    return {g_, call_.states, call_.output, kept_, passing_,
+            0,  call_.mean,   call_.reciprocal_deviation, call_.weights};
   }
 
   void settle(const Settles& settles) {
@@ -202,9 +212,9 @@ class Forward {
     });
   }
 
-  void convolve_all(const Jobs& jobs, T* to) {
+  void convolve_all(const Jobs& jobs) {
     if (!jobs.count) return;
-    Convolve<T> work{inputs(), jobs, {}, {}, 0, 0, to, {}, {}, moments()};
+    Convolve<T> work{inputs(), jobs, {}, {}, 0, 0, kept_, passing_, {}, {}, moments()};
     for (int s = 0; s < kSources; ++s) work.pools[s] = pools_[s];
     const int chunks = run_convolve<V>(work, stream_);
     Settles settles;
@@ -280,7 +290,7 @@ class Forward {
   Geometry g_;
   Stream stream_;
   Arena arena_;
-  T *kept_, *seconds_;
+  T *kept_, *passing_;
   T* pools_[kSources];
   P* moments_;
 };

@@ -269,11 +269,8 @@ def test_cuda_single_precision_is_as_good_as_that_of_eager(plan: CellPlan, train
 
 @pytest.fixture
 def tf32() -> Iterator[None]:
-    """PyTorch's own switch, which products of matrices in single precision obey."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    with emulated_cells.on_tensor_cores():
+        yield
 
 
 def rounded(x: Tensor) -> Tensor:
