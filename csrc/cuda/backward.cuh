@@ -1,9 +1,10 @@
 // The backward pass of a cell: its launches.
 //
 // Second convolutions are not kept, nor with few channels dilated ones: those of a node's edges are
-// computed again. Nodes go from the last to the first, since a node's gradient is complete when all edges that leave it are done; all
-// edges into a node go together. Two sums over the batch stand in the way of a node: those that
-// normalisations of its edges' outputs need, and those between separable convolutions.
+// computed again. Nodes go from the last to the first, since a node's gradient is complete when all
+// edges that leave it are done; all edges into a node go together. Two sums over the batch stand in
+// the way of a node: those that normalisations of its edges' outputs need, and those between
+// separable convolutions.
 
 #pragma once
 
@@ -49,7 +50,7 @@ class Backward {
             call_.states,
             call_.output,
             call_.kept,
-            memory_.passing,
+            memory_.unkept,
             first_edge(target_),
             call_.mean,
             call_.reciprocal_deviation,
@@ -77,7 +78,7 @@ class Backward {
   void recall(Jobs jobs) {
     if (!g_.keeps(kDilated3)) add_dilated(call_.live, target_, jobs);
     if (!jobs.count) return;
-    Convolve<T> work{inputs(), jobs, {}, {}, 0, 0, nullptr, memory_.passing, {}, {}, nullptr};
+    Convolve<T> work{inputs(), jobs, {}, {}, 0, 0, nullptr, memory_.unkept, {}, {}, nullptr};
     run_convolve<V>(work, stream_);
   }
 

@@ -121,7 +121,7 @@ class Forward {
   Forward(const CellForward<T, P>& call, void* workspace, Stream stream)
       : call_(call), g_{call.shape}, stream_(stream), arena_(workspace) {
     kept_ = call.kept ? call.kept : arena_.template take<T>(g_.kept());
-    passing_ = arena_.template take<T>(g_.passing(kEdges));
+    unkept_ = arena_.template take<T>(g_.unkept(kEdges));
     for (auto& pooled : pools_) pooled = arena_.template take<T>(2 * g_.plane());
     // no launch has more groups than Jobs::kMost, or more blocks than that and kBlocks
     const int64_t blocks = kBlocks + Jobs::kMost;
@@ -152,7 +152,7 @@ class Forward {
   const bool* live(int edge) const { return call_.live[edge]; }
   P* moments() const { return call_.training ? moments_ : nullptr; }
   Inputs<T> inputs() const {
-    return {g_, call_.states, call_.output, kept_, passing_,
+    return {g_, call_.states, call_.output, kept_, unkept_,
             0,  call_.mean,   call_.reciprocal_deviation, call_.weights};
   }
 
@@ -214,7 +214,7 @@ class Forward {
 
   void convolve_all(const Jobs& jobs) {
     if (!jobs.count) return;
-    Convolve<T> work{inputs(), jobs, {}, {}, 0, 0, kept_, passing_, {}, {}, moments()};
+    Convolve<T> work{inputs(), jobs, {}, {}, 0, 0, kept_, unkept_, {}, {}, moments()};
     for (int s = 0; s < kSources; ++s) work.pools[s] = pools_[s];
     const int chunks = run_convolve<V>(work, stream_);
     Settles settles;
@@ -290,7 +290,7 @@ class Forward {
   Geometry g_;
   Stream stream_;
   Arena arena_;
-  T *kept_, *passing_;
+  T *kept_, *unkept_;
   T* pools_[kSources];
   P* moments_;
 };
