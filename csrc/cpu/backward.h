@@ -129,9 +129,12 @@ class BackwardCell {
                          g.pixels * channels, channels};
       shared_.for_blocks(unit / 2, [&](int64_t block) {
         finish_state(s, block, thread);
-        if (g.shape.partial > 1) bypass_.complete_input(s, block, thread, to.at);
         const Vec<T>* planes = shared_.gradients[s] + block * g.per_block(g.pixels);
-        scatter(g.lanes, block, planes, g.pixels, g.pixels, to);
+        if (g.shape.partial > 1) {
+          bypass_.complete_input(s, block, planes, to.at, thread);
+        } else {
+          scatter(g.lanes, block, planes, g.pixels, g.pixels, to);
+        }
         if (!shared_.call.training) return;
         for (int64_t n = 0; n < g.lanes.images_of(block); ++n) {
           preprocess_.add_up(shared_.call, state_gradients_, s, block * g.lanes.together + n);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "edge.h"
+#include "shuffle.h"
 
 namespace nas::NAS_ISA {
 
@@ -94,6 +95,16 @@ struct PassedRow {
   }
 };
 
+// Calls f with the Vecs of a pixel, a constant, where Quarters knows its shuffle; says whether it does.
+template <typename T, typename F>
+bool with_quarters(const Geometry<T>& g, F&& f) {
+  if (g.shape.partial != 4) return false;
+  if (g.shape.channels == 16) return f(std::integral_constant<int, 1>{}), true;
+  if (g.shape.channels == 32) return f(std::integral_constant<int, 2>{}), true;
+  if (g.shape.channels == 64) return f(std::integral_constant<int, 4>{}), true;
+  return false;
+}
+
 // The pixels under a node's pixel (y, x) that stride 2 makes one: numbers from their image on.
 struct Square {
   int64_t pixel[4];
@@ -113,7 +124,7 @@ template <typename S>
 NAS_INLINE auto highest(const S* image, const Square& square, int64_t at, int64_t count) {
   auto high = load_channels(image + square.pixel[0] + at, count);
   for (int i = 1; i < square.count; ++i) {
-    high = maximum(high, load_channels(image + square.pixel[i] + at, count));
+    high = maximum<true>(high, load_channels(image + square.pixel[i] + at, count));
   }
   return high;
 }
@@ -133,86 +144,43 @@ void pool_passing(const Geometry<T>& g, int64_t start, const S* image, S* to) {
   }
 }
 
-// Sends a row of gradients [x][C] of those maxima to the pixels that they came from.
-template <typename S, typename T>
-void unpool_row(const Geometry<T>& g, int64_t start, const S* image, int64_t y, const T* gradient,
+// Sends a row of gradients [x][C] of those maxima to the pixels that they came from. Without `Nan`,
+// says whether all maxima were finite: only then is it right.
+template <bool Nan, typename S, typename T>
+bool unpool_row(const Geometry<T>& g, int64_t start, const S* image, int64_t y, const T* gradient,
                 S* to) {
   const int64_t channels = g.shape.channels;
+  Vec<T> none = Vec<T>::zero();
   for (int64_t x = 0; x < g.node_width; ++x) {
     const Square square(g, y, x);
     for (int64_t at = start; at < channels; at += kLanes) {
       const int64_t count = channels - at;
-      const Vec<T> high = highest(image, square, at, count);
-      Vec<T> left = load_channels(gradient + x * channels + at, count);
-      Vec<T> of_nan = claim_nan(left, high), value[4], share[4];
+      Vec<T> value[4], share[4];
       for (int i = 0; i < square.count; ++i) {
         value[i] = load_channels(image + square.pixel[i] + at, count);
-        share[i] = claim(left, value[i], high);
       }
-      for (int i = square.count - 1; i >= 0; --i) {
-        store_channels(share[i] + claim(of_nan, value[i], high), to + square.pixel[i] + at, count);
+      Vec<T> high = value[0];
+      for (int i = 1; i < square.count; ++i) high = maximum<true>(high, value[i]);
+      Vec<T> left = load_channels(gradient + x * channels + at, count);
+      if constexpr (Nan) {
+        Vec<T> of_nan = claim_nan(left, high);
+        for (int i = square.count - 1; i >= 0; --i) share[i] = claim<true>(of_nan, value[i], high);
+      } else {
+        none += high - high;
+      }
+      for (int i = 0; i < square.count; ++i) {
+        const Vec<T> taken = claim<Nan>(left, value[i], high);
+        store_channels(Nan ? share[i] + taken : taken, to + square.pixel[i] + at, count);
       }
     }
   }
+  return sum(none, 0, kLanes) == 0;
 }
-
-// Four rows of four numbers, turned into columns.
-template <typename S>
-NAS_INLINE void transpose_square(const S* const (&from)[4], S* const (&to)[4]) {
-  using Number = std::conditional_t<std::is_same_v<S, bfloat16>, uint16_t, S>;
-  typedef Number Four __attribute__((vector_size(4 * sizeof(S)), aligned(sizeof(S)), may_alias));
-  Four row[4];
-  NAS_UNROLL for (int i = 0; i < 4; ++i) row[i] = *reinterpret_cast<const Four*>(from[i]);
-  const Four a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
-  const Four b = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-  const Four c = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
-  const Four d = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-  *reinterpret_cast<Four*>(to[0]) = __builtin_shufflevector(a, b, 0, 1, 4, 5);
-  *reinterpret_cast<Four*>(to[1]) = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-  *reinterpret_cast<Four*>(to[2]) = __builtin_shufflevector(c, d, 0, 1, 4, 5);
-  *reinterpret_cast<Four*>(to[3]) = __builtin_shufflevector(c, d, 2, 3, 6, 7);
-}
-
-// PC-DARTS, section 3.2: channel k * mixed + j moves to j * partial + k. The first `mixed` channels
-// come from `lanes` [group] of Vec, `plane` numbers apart, the others from `rest`.
-template <typename S>
-NAS_INLINE void shuffle(const S* lanes, int64_t plane, const S* rest, int64_t mixed,
-                        int64_t partial, S* to) {
-  const auto lane = [&](int64_t j) { return lanes + j / kLanes * plane + j % kLanes; };
-  if (partial == 4 && mixed % 4 == 0) {
-    for (int64_t j = 0; j < mixed; j += 4) {
-      const S* row = rest + j;
-      S* out = to + 4 * j;
-      transpose_square<S>({lane(j), row + mixed, row + 2 * mixed, row + 3 * mixed},
-                          {out, out + 4, out + 8, out + 12});
-    }
-    return;
-  }
-  for (int64_t j = 0; j < mixed; ++j) {
-    to[j * partial] = *lane(j);
-    for (int64_t k = 1; k < partial; ++k) to[j * partial + k] = rest[k * mixed + j];
-  }
-}
-
-// The way back; the first `mixed` channels of `rest` become zero.
-template <typename S>
-NAS_INLINE void unshuffle(const S* from, int64_t mixed, int64_t partial, S* lanes, int64_t plane,
-                          S* rest) {
-  const auto lane = [&](int64_t j) { return lanes + j / kLanes * plane + j % kLanes; };
-  for (int64_t j = 0; j < mixed; ++j) rest[j] = S{};
-  if (partial == 4 && mixed % 4 == 0) {
-    for (int64_t j = 0; j < mixed; j += 4) {
-      const S* row = from + 4 * j;
-      S* out = rest + j;
-      transpose_square<S>({row, row + 4, row + 8, row + 12},
-                          {lane(j), out + mixed, out + 2 * mixed, out + 3 * mixed});
-    }
-    return;
-  }
-  for (int64_t j = 0; j < mixed; ++j) {
-    *lane(j) = from[j * partial];
-    for (int64_t k = 1; k < partial; ++k) rest[k * mixed + j] = from[j * partial + k];
-  }
+template <typename S, typename T>
+void unpool_row(const Geometry<T>& g, int64_t start, const S* image, int64_t y, const T* gradient,
+                S* to) {
+  if (unpool_row<false>(g, start, image, y, gradient, to)) return;
+  unpool_row<true>(g, start, image, y, gradient, to);
 }
 
 }  // namespace nas::NAS_ISA

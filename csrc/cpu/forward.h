@@ -357,19 +357,18 @@ class ForwardCell {
     const Images<S> node{call_.output + (target - 2) * channels, g.node_pixels * kNodes * channels,
                          kNodes * channels};
     Vec<T>* planes = node_planes(target, block);
-    const auto read_state = [&](int64_t first, int64_t pixels) {
-      if (target == kSources) return;
-      gather(g.lanes, block, Images<const S>{node.at, node.image, node.pixel}.skip(first), pixels,
-             states_[target] + block * g.per_block(g.node_pixels) + first, g.node_pixels);
-    };
+    Sixteen<S>* state = target < kSources
+                            ? states_[target] + block * g.per_block(g.node_pixels)
+                            : nullptr;
     if (g.shape.partial == 1) {
       scatter(g.lanes, block, planes, g.node_pixels, g.node_pixels, node);
-      if (kRounded<S, T>) read_state(0, g.node_pixels);
-      return;
+      if (!kRounded<S, T> || !state) return;
+      return gather(g.lanes, block, Images<const S>{node.at, node.image, node.pixel}, g.node_pixels,
+                    state, g.node_pixels);
     }
     for (int64_t y = 0; y < g.node_height; ++y) {
-      bypass_.shuffle_row(target, block, y, planes + y * width, node, thread);
-      read_state(y * width, width);
+      bypass_.write_row(target, block, y, planes + y * width, node,
+                        state ? state + y * width : nullptr, thread);
     }
   }
 

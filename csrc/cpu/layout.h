@@ -235,22 +235,27 @@ struct Moments {
 
   template <typename M>
   NAS_INLINE void add_row(const M* row, int64_t width, bool first) {
+    add(width, first, [row](int64_t x) NAS_INLINED { return widen(row[x]); });
+  }
+  // value(x) gives the Vec of pixel x.
+  template <typename Value>
+  NAS_INLINE void add(int64_t width, bool first, Value&& value) {
     if (first) {
-      shift = finite_or_zero(widen(row[0]));  // infinity less infinity would hide which it was
+      shift = finite_or_zero(value(0));  // infinity less infinity would hide which it was
       sum = square = Vec<T>::zero();
     }
     // two accumulators each, so that no addition waits for the one before
     Vec<T> s = sum, q = square, s2 = Vec<T>::zero(), q2 = Vec<T>::zero();
     int64_t x = 0;
     for (; x + 2 <= width; x += 2) {
-      const Vec<T> a = widen(row[x]) - shift, b = widen(row[x + 1]) - shift;
+      const Vec<T> a = value(x) - shift, b = value(x + 1) - shift;
       s += a;
       q += a * a;
       s2 += b;
       q2 += b * b;
     }
     if (x < width) {
-      const Vec<T> a = widen(row[x]) - shift;
+      const Vec<T> a = value(x) - shift;
       s += a;
       q += a * a;
     }

@@ -26,6 +26,15 @@ struct Channels {
   }
 };
 
+// Where Vecs of channels lie: group `o` of pixel x is at[o * group + x * pixel].
+template <typename M>
+struct Groups {
+  M* at;
+  int64_t group, pixel = 1;
+
+  NAS_INLINE M* of(int64_t o) const { return at + o * group; }
+};
+
 // Channels of a plane set [group][pixel] of Vec.
 template <typename T>
 Channels<T> plane_channels(const Vec<T>* planes, int64_t plane, int64_t channels) {
@@ -33,8 +42,8 @@ Channels<T> plane_channels(const Vec<T>* planes, int64_t plane, int64_t channels
 }
 
 template <int Count, int Outs, typename T>
-NAS_INLINE void product_block(const Channels<T>& in, int64_t x, const Vec<T>* weights, Vec<T>* out,
-                              int64_t out_group) {
+NAS_INLINE void product_block(const Channels<T>& in, int64_t x, const Vec<T>* weights,
+                              const Groups<Vec<T>>& out, int64_t group) {
   Vec<T> sum[Outs][Count];
   NAS_UNROLL for (int o = 0; o < Outs; ++o) {
     NAS_UNROLL for (int p = 0; p < Count; ++p) sum[o][p] = Vec<T>::zero();
@@ -51,43 +60,44 @@ NAS_INLINE void product_block(const Channels<T>& in, int64_t x, const Vec<T>* we
     }
   }
   NAS_UNROLL for (int o = 0; o < Outs; ++o) {
-    NAS_UNROLL for (int p = 0; p < Count; ++p) out[o * out_group + x + p] = sum[o][p];
+    Vec<T>* to = out.of(group + o) + x * out.pixel;
+    NAS_UNROLL for (int p = 0; p < Count; ++p) to[p * out.pixel] = sum[o][p];
   }
 }
 
 // `Outs` groups of outputs at a time, so often as they are there; returns the first that is left.
 template <int Outs, int Pixels, typename T>
 NAS_INLINE int64_t product_groups(const Channels<T>& in, const Vec<T>* weights, int64_t o,
-                                  int64_t groups_out, Vec<T>* out, int64_t out_group,
+                                  int64_t groups_out, const Groups<Vec<T>>& out,
                                   int64_t width) {
   for (; o + Outs <= groups_out; o += Outs) {
     for_columns<Pixels>(0, width, [&](auto block, int64_t x) NAS_INLINED {
       constexpr int count = decltype(block)::value;
-      product_block<count, Outs>(in, x, weights + o * in.count, out + o * out_group, out_group);
+      product_block<count, Outs>(in, x, weights + o * in.count, out, o);
     });
   }
   return o;
 }
 
-// out[o][x] = sum over i of in(x, i) * weights[o][i]; weights [group of outputs][input] of Vec.
+// out(o, x) = sum over i of in(x, i) * weights[o][i]; weights [group of outputs][input] of Vec.
 template <typename T>
-void product_row(const Channels<T>& in, const Vec<T>* weights, int64_t groups_out, Vec<T>* out,
-                 int64_t out_group, int64_t width) {
+void product_row(const Channels<T>& in, const Vec<T>* weights, int64_t groups_out,
+                 const Groups<Vec<T>>& out, int64_t width) {
   int64_t o = 0;
   if constexpr (kManyRegisters) {  // the more outputs share an input, the fewer loads
-    o = product_groups<4, kPixels / 2>(in, weights, o, groups_out, out, out_group, width);
-    o = product_groups<2, kPixels>(in, weights, o, groups_out, out, out_group, width);
+    o = product_groups<4, kPixels / 2>(in, weights, o, groups_out, out, width);
+    o = product_groups<2, kPixels>(in, weights, o, groups_out, out, width);
   }
-  product_groups<1, kPixels>(in, weights, o, groups_out, out, out_group, width);
+  product_groups<1, kPixels>(in, weights, o, groups_out, out, width);
 }
 
-// total[o][i] += sum over x of in(x, i) * gradient[o][x]
+// total[o][i] += sum over x of in(x, i) * gradient(o, x)
 template <typename T>
-void product_weight_gradient(const Channels<T>& in, const Vec<T>* gradient, int64_t groups_out,
-                             int64_t gradient_group, int64_t pixels, Vec<T>* total) {
+void product_weight_gradient(const Channels<T>& in, const Groups<const Vec<T>>& gradient,
+                             int64_t groups_out, int64_t pixels, Vec<T>* total) {
   constexpr int kRows = kManyRegisters ? 16 : NAS_VECTOR_BYTES == 32 ? 4 : 2;
   for (int64_t o = 0; o < groups_out; ++o) {
-    const Vec<T>* g = gradient + o * gradient_group;
+    const Vec<T>* g = gradient.of(o);
     for (int64_t group = 0; group < in.count; group += kLanes) {
       const int64_t last = in.count - group < kLanes ? in.count - group : kLanes;
       for_columns<kRows>(0, last, [&](auto block, int64_t i) NAS_INLINED {
@@ -96,7 +106,7 @@ void product_weight_gradient(const Channels<T>& in, const Vec<T>* gradient, int6
         Vec<T> sum[count];
         NAS_UNROLL for (int k = 0; k < count; ++k) sum[k] = Vec<T>::zero();
         for (int64_t x = 0; x < pixels; ++x) {
-          const Vec<T> value = g[x];
+          const Vec<T> value = g[x * gradient.pixel];
           NAS_UNROLL for (int k = 0; k < count; ++k) {
             sum[k] += Vec<T>::splat(from[x * in.pixel + k]) * value;
           }
@@ -161,7 +171,7 @@ struct Pointwise {
            int64_t out_group, int64_t width) const {
     with_channels([&](auto count) {
       if constexpr (count == kLanes) {
-        product_row(plane_channels(in, in_group, channels), weights, groups, out, out_group, width);
+        product_row(plane_channels(in, in_group, channels), weights, groups, {out, out_group}, width);
       } else {
         constexpr int lanes = count > 4 ? 8 : count > 2 ? 4 : count;
         lane_product_row<lanes, count>(in, weights, out, width);
@@ -172,8 +182,8 @@ struct Pointwise {
                        int64_t gradient_group, int64_t pixels, Vec<T>* total) const {
     with_group([&](auto lanes) {
       if constexpr (lanes == kLanes) {
-        product_weight_gradient(plane_channels(in, in_group, channels), gradient, groups,
-                                gradient_group, pixels, total);
+        product_weight_gradient(plane_channels(in, in_group, channels), {gradient, gradient_group},
+                                groups, pixels, total);
       } else {
         lane_product_weight_gradient<lanes>(in, gradient, pixels, total,
                                             std::make_index_sequence<lanes>{});

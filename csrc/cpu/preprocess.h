@@ -204,23 +204,44 @@ class Preprocess {
 
   void convolve_images(const CellForward<S, T>& call, int which, int64_t chunk, int64_t thread) {
     const auto& g = geometry_;
-    Vec<T>* out = out_ + thread * out_size_;
+    const int64_t channels = shape_.channels;
     for (int64_t n = g.first_image(chunk); n < g.last_image(chunk); ++n) {
       const S* image = input(call.before, call.previous, which, n);
-      S* state = call.states + (which * shape_.images + n) * g.pixels * shape_.channels;
+      S* state = call.states + (which * shape_.images + n) * g.pixels * channels;
       for (int64_t p = 0; p < g.pixels; p += kStrip) {
         const int64_t count = std::min(kStrip, g.pixels - p);
         for_parts(which, [&](const Part& part, const Own& own) {
           const auto in = rectified(image, part, p, count, in_ + thread * in_size_);
-          product_row(in, own.weights, part.out.groups, out, kStrip, count);
+          S* to = state + p * channels + part.first;
+          multiply(part, own, in, count, to, out_ + thread * out_size_);
           for (int64_t group = 0; group < part.out.groups; ++group) {
-            Sixteen<S> stored[kStrip];
-            own.moments[n * part.out.groups + group].add_row(
-                rounded<S>(out + group * kStrip, count, stored), count, p == 0);
+            const S* from = to + group * kLanes;
+            const int64_t lanes = part.out.channels_of(group);
+            own.moments[n * part.out.groups + group].add(
+                count, p == 0, [=](int64_t x) NAS_INLINED {
+                  return load_channels(from + x * channels, lanes);
+                });
           }
-          scatter(part.out, 0, out, kStrip, count,
-                  Images<S>{state + p * shape_.channels + part.first, 0, shape_.channels});
         });
+      }
+    }
+  }
+
+  // A part's product for a strip of pixels, to their channels in memory.
+  void multiply(const Part& part, const Own& own, const Channels<T>& in, int64_t count, S* to,
+                Vec<T>* spare) const {
+    const int64_t channels = shape_.channels, groups = part.out.groups;
+    if constexpr (!kRounded<S, T>) {
+      if (channels % kLanes == 0 && part.out.channels % kLanes == 0) {
+        return product_row(in, own.weights, groups,
+                           {reinterpret_cast<Vec<T>*>(to), 1, channels / kLanes}, count);
+      }
+    }
+    product_row(in, own.weights, groups, {spare, 1, groups}, count);
+    for (int64_t x = 0; x < count; ++x) {
+      for (int64_t group = 0; group < groups; ++group) {
+        store_channels(spare[x * groups + group], to + x * channels + group * kLanes,
+                       part.out.channels_of(group));
       }
     }
   }
@@ -299,47 +320,67 @@ class Preprocess {
           gradient_of(call, part, own, gradients + at, call.states + at, count, dy);
           if (call.weights_gradient) {
             const auto rows = rectified(image, part, p, count, strip);
-            product_weight_gradient(rows, dy, part.out.groups, kStrip, count,
+            product_weight_gradient(rows, {dy, 1, part.out.groups}, part.out.groups, count,
                                     own.weight_sums + chunk * part.out.groups * part.in);
           }
           if (!to) return;
-          const Channels<T> from{reinterpret_cast<const T*>(dy), kLanes, kStrip * kLanes,
+          const Channels<T> from{reinterpret_cast<const T*>(dy), part.out.groups * kLanes, kLanes,
                                  part.out.channels};
           Vec<T>* row = reinterpret_cast<Vec<T>*>(strip);
-          product_row(from, own.transposed, part.in_groups(), row, kStrip, count);
+          product_row(from, own.transposed, part.in_groups(), {row, 1, part.in_groups()}, count);
           store_back(image, part, p, count, row, to, begun);
         });
       }
     }
   }
 
-  // The gradient of a part's convolution for a strip of pixels, from those of the normalised state.
+  // The gradient of a part's convolution for a strip of pixels, from those of the normalised state:
+  // [pixel][group].
   void gradient_of(const CellBackward<S, T>& call, const Part& part, const Own& own,
                    const S* gradients, const S* states, int64_t count, Vec<T>* to) const {
-    for (int64_t group = 0; group < part.out.groups; ++group) {
-      const int64_t lanes = part.out.channels_of(group), at = part.first + group * kLanes;
-      const Vec<T>* a = own.coefficients + group;
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t pixel = i * shape_.channels + at;
-        Vec<T>& dy = to[group * kStrip + i];
-        dy = *a * load_channels(gradients + pixel, lanes);
-        if (!call.training) continue;
-        dy += a[part.out.groups] + a[2 * part.out.groups] * load_channels(states + pixel, lanes);
-      }
+    constexpr int kTogether = 4;
+    const int64_t groups = part.out.groups;
+    for (int64_t first = 0; first < groups; first += kTogether) {
+      with_most<kTogether>(int(groups - first), [&](auto some) NAS_INLINED {
+        Vec<T> a[some], b[some], d[some];
+        NAS_UNROLL for (int k = 0; k < some; ++k) {
+          const Vec<T>* coefficients = own.coefficients + first + k;
+          a[k] = coefficients[0];
+          b[k] = coefficients[groups];
+          d[k] = coefficients[2 * groups];
+        }
+        for (int64_t i = 0; i < count; ++i) {
+          NAS_UNROLL for (int k = 0; k < some; ++k) {
+            const int64_t lanes = part.out.channels_of(first + k);
+            const int64_t at = i * shape_.channels + part.first + (first + k) * kLanes;
+            Vec<T> dy = a[k] * load_channels(gradients + at, lanes);
+            if (call.training) dy += b[k] + d[k] * load_channels(states + at, lanes);
+            to[i * groups + first + k] = dy;
+          }
+        }
+      });
     }
   }
 
   // Masks a strip of the input's gradient by its ReLU and puts it where it belongs, or adds it to
-  // what is there.
+  // what is there. The strip is [pixel][group].
   void store_back(const S* image, const Part& part, int64_t p, int64_t count, const Vec<T>* row,
                   S* to, bool begun) const {
+    const auto store_channels_of = [&](int64_t at, const Vec<T>& value, int64_t lanes) NAS_INLINED {
+      Vec<T> gradient = relu_gradient(value, load_channels(image + at, lanes));
+      if (begun) gradient += load_channels(to + at, lanes);
+      store_channels(gradient, to + at, lanes);
+    };
+    if (!part.halved && part.in % kLanes == 0) {
+      const int64_t first = p * part.in;
+      for (int64_t i = 0; i < count * part.in_groups(); ++i) {
+        store_channels_of(first + i * kLanes, row[i], kLanes);
+      }
+      return;
+    }
     const auto store = [&](int64_t pixel, int64_t i) {
       for (int64_t c = 0; c < part.in; c += kLanes) {
-        const int64_t at = pixel * part.in + c, lanes = part.in - c;
-        Vec<T> gradient =
-            relu_gradient(row[c / kLanes * kStrip + i], load_channels(image + at, lanes));
-        if (begun) gradient += load_channels(to + at, lanes);
-        store_channels(gradient, to + at, lanes);
+        store_channels_of(pixel * part.in + c, row[i * part.in_groups() + c / kLanes], part.in - c);
       }
     };
     if (!part.halved) {

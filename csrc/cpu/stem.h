@@ -114,7 +114,7 @@ class Stem {
     const int64_t width = shape_.width;
     Vec<T>* out = row_of(thread);
     for (int64_t y = 0; y < shape_.height; ++y) {
-      product_row(taps_of(call.images, n, y, thread), filters_, layout_.groups, out, width, width);
+      product_row(taps_of(call.images, n, y, thread), filters_, layout_.groups, {out, width}, width);
       each_group([&](int64_t g, int64_t, int64_t) {
         moments_[n * layout_.groups + g].add_row(out + g * width, width, y == 0);
       });
@@ -207,7 +207,7 @@ class Stem {
           to += a[1] + a[2] * (load_channels(call.convolution + at, count) - mean);
         }
       });
-      product_weight_gradient(taps_of(call.images, n, y, thread), dy, layout_.groups, width, width,
+      product_weight_gradient(taps_of(call.images, n, y, thread), {dy, width}, layout_.groups, width,
                               totals_ + chunk * layout_.groups * shape_.taps());
     }
   }

@@ -123,23 +123,28 @@ template <typename T> NAS_INLINE Vec<T> finite_or_zero(Vec<T> x) {
   return x;
 }
 
-// The larger one; NaN wins, and of equal ones `a` stays.
-template <typename T> NAS_INLINE Vec<T> maximum(Vec<T> a, const Vec<T>& b) {
+// The larger one; NaN wins, and of equal ones `a` stays. Without `Nan`, for numbers that are none.
+template <bool Nan, typename T> NAS_INLINE Vec<T> maximum(Vec<T> a, const Vec<T>& b) {
   NAS_UNROLL for (int i = 0; i < Vec<T>::kParts; ++i) {
-    a.part[i] = (b.part[i] > a.part[i]) | (b.part[i] != b.part[i]) ? b.part[i] : a.part[i];
+    if constexpr (Nan) {
+      a.part[i] = (b.part[i] > a.part[i]) | (b.part[i] != b.part[i]) ? b.part[i] : a.part[i];
+    } else {
+      a.part[i] = a.part[i] < b.part[i] ? b.part[i] : a.part[i];
+    }
   }
   return a;
 }
 
 // Takes from `gradient` the lanes where value is the maximum and zeroes them there, so that the
-// first of equal values takes all (NaN is equal to NaN here).
-template <typename T>
+// first of equal values takes all (NaN is equal to NaN here). Without `Nan`, where there is none.
+template <bool Nan, typename T>
 NAS_INLINE Vec<T> claim(Vec<T>& gradient, const Vec<T>& value, const Vec<T>& maximum) {
   using R = typename Register<T>::type;
   Vec<T> taken;
   NAS_UNROLL for (int i = 0; i < Vec<T>::kParts; ++i) {
     const R v = value.part[i], m = maximum.part[i];
-    const auto hit = (v == m) | (v != v);
+    auto hit = v == m;
+    if constexpr (Nan) hit |= v != v;
     taken.part[i] = hit ? gradient.part[i] : R{};
     gradient.part[i] = hit ? R{} : gradient.part[i];
   }
