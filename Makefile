@@ -51,7 +51,7 @@ sanitize: $(READY)  ## run the kernel tests under the address and undefined-beha
 	$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(BIN)/python -m pytest -n 0 tests/nas/ops --ignore tests/nas/ops/test_build.py \
-	  --ignore tests/nas/ops/test_cuda_build.py --ignore tests/nas/ops/test_cuda_emulated.py
+	  --ignore-glob 'tests/nas/ops/test_cuda_*.py'
 	PYTHONPATH=. $(BIN)/python tests/emulated_cells.py
 
 bench: setup  ## time the supernet's search step (ARGUMENTS="--peers PATH --json FILE")

@@ -6,7 +6,8 @@
 Facts of the compiler, and no timing. Needs nvcc and no GPU. Compiles some kinds of numbers and
 links nothing, or reads what nvcc said when the extension was built with
 NVCC_APPEND_FLAGS="-Xptxas -v". ``make cuda-check`` does so and writes the report that is under
-benchmarks/results. It fails where a hot kernel spills.
+benchmarks/results. It fails where a hot kernel spills, or where host code calls what only a GPU
+can run.
 """
 
 from __future__ import annotations
@@ -77,9 +78,25 @@ def compile_kernels(kind: str, architectures: Sequence[int]) -> list[Kernel]:
             text=True,
             check=False,
         )
-    if done.returncode:
-        raise NativeError(f"nvcc refuses {source.name}: {done.stderr.strip()[-500:]}")
+        if done.returncode:
+            raise NativeError(f"nvcc refuses {source.name}: {done.stderr.strip()[-500:]}")
+        check_host(Path(folder) / "cell.o")
     return parse(demangled(done.stdout + done.stderr))
+
+
+def check_host(compiled: Path) -> None:
+    """Look for calls from the host to functions of the device alone in what nvcc made of a file.
+
+    In a template it lets them pass and compiles each to ``exit``, for which nothing else asks.
+
+    Raises:
+        NativeError: there are such calls.
+    """
+    symbols = _output_of(["nm", "--undefined-only", str(compiled)]).split()
+    if "exit" in symbols:
+        raise NativeError(
+            f"{compiled.name}: host code calls a function of the device, and would end"
+        )
 
 
 def parse(report: str) -> list[Kernel]:
@@ -106,12 +123,16 @@ def _short(name: str) -> str:
 
 
 def demangled(text: str) -> str:
+    return _output_of(["c++filt"], text)
+
+
+def _output_of(command: Sequence[str], text: str = "") -> str:
     try:
         return subprocess.run(
-            ["c++filt"], input=text, capture_output=True, text=True, check=True
+            command, input=text, capture_output=True, text=True, check=True
         ).stdout
     except OSError as error:
-        raise NativeError("c++filt is missing: it comes with binutils") from error
+        raise NativeError(f"{command[0]} is missing: it comes with binutils") from error
 
 
 def report(kernels: Sequence[Kernel], version: str) -> str:
@@ -161,6 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.log is not None:
         kernels = parse(demangled(options.log.read_text()))
+        for compiled in sorted(options.log.parent.rglob("*.cu.o")):
+            check_host(compiled)
     else:
         kernels = [
             k for kind in options.kinds for k in compile_kernels(kind, options.architectures)

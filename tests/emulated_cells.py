@@ -99,6 +99,27 @@ def filled_by(blocks: int) -> Iterator[None]:
 
 
 @contextmanager
+def few_up_to(channels: int) -> Iterator[None]:
+    """As if cells had few mixed channels, and kept less for backward, up to so many."""
+    before = torch.ops.nas_transfer_emulated.set_few(channels)
+    try:
+        yield
+    finally:
+        torch.ops.nas_transfer_emulated.set_few(before)
+
+
+@contextmanager
+def on_tensor_cores(allowed: bool = True) -> Iterator[None]:
+    """Sets PyTorch's own switch, which products of matrices in single precision obey."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
 def poisoned() -> Iterator[None]:
     """Fills fresh memory with NaN, so that what a kernel leaves out shows."""
     before = torch.are_deterministic_algorithms_enabled()

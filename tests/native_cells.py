@@ -53,6 +53,13 @@ class Call:
         }
         return replace(self, **tensors)
 
+    def narrowed(self, dtype: torch.dtype) -> Call:
+        """Images in ``dtype``, everything else in single precision."""
+        images = ("before", "previous", "gradient")
+        return replace(
+            self.to(torch.float32), **{name: getattr(self, name).to(dtype) for name in images}
+        )
+
 
 def draw_call(
     plan: CellPlan,

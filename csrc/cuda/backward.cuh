@@ -1,9 +1,10 @@
 // The backward pass of a cell: its launches.
 //
-// Second convolutions are not kept: those of a node's edges are computed again. Nodes go from the
-// last to the first, since a node's gradient is complete when all edges that leave it are done; all
-// edges into a node go together. Two sums over the batch stand in the way of a node: those that
-// normalisations of its edges' outputs need, and those between separable convolutions.
+// Second convolutions are not kept, nor with few channels dilated ones: those of a node's edges are
+// computed again. Nodes go from the last to the first, since a node's gradient is complete when all
+// edges that leave it are done; all edges into a node go together. Two sums over the batch stand in
+// the way of a node: those that normalisations of its edges' outputs need, and those between
+// separable convolutions.
 
 #pragma once
 
@@ -35,7 +36,9 @@ class Backward {
     if (call_.bypass_gradient) bypass_gradients();
     if (!call_.before_gradient && !call_.previous_gradient && !call_.weights_gradient) return;
     for (int s = 0; s < 2; ++s) complete_input(s);
-    InputsBack<T, V>(call_, memory_, stream_).run();
+    with_whole<T, V>(shape(), [&](auto whole) {
+      InputsBack<T, whole()>(call_, memory_, stream_).run();
+    });
   }
 
  private:
@@ -47,7 +50,8 @@ class Backward {
             call_.states,
             call_.output,
             call_.kept,
-            memory_.seconds,
+            memory_.unkept,
+            first_edge(target_),
             call_.mean,
             call_.reciprocal_deviation,
             call_.weights};
@@ -60,7 +64,7 @@ class Backward {
   }
   // Of states of one size.
   void recall_pools(int first, int last) {
-    Convolve<T> work{inputs(), {}, {}, {}, 0, 0, nullptr, {}, {}, nullptr};
+    Convolve<T> work{inputs(), {}, {}, {}, 0, 0, nullptr, nullptr, {}, {}, nullptr};
     for (int s = first; s < last; ++s) {
       add_pools(call_.live, s, work.jobs);
       work.jobs.close();
@@ -68,6 +72,14 @@ class Backward {
       work.largest[s] = memory_.largest[s];
     }
     if (work.jobs.count) run_convolve<V>(work, stream_);
+  }
+
+  // The convolutions of the node's edges that were not kept, once more.
+  void recall(Jobs jobs) {
+    if (!g_.keeps(kDilated3)) add_dilated(call_.live, target_, jobs);
+    if (!jobs.count) return;
+    Convolve<T> work{inputs(), jobs, {}, {}, 0, 0, nullptr, memory_.unkept, {}, {}, nullptr};
+    run_convolve<V>(work, stream_);
   }
 
   // The gradient of the pools of a state, ready to be collected.
@@ -125,11 +137,9 @@ class Backward {
   // Sends the gradient of a node back through all of its edges.
   void go_back(int target) {
     added_ = {};
+    target_ = target;
     const Jobs second = second_convolutions(call_.live, target);
-    if (second.count) {
-      Convolve<T> work{inputs(), second, {}, {}, 0, 0, memory_.seconds, {}, {}, nullptr};
-      run_convolve<V>(work, stream_);
-    }
+    recall(second);
     dot_products(target);
     Jobs first;
     for (int s = 0; s < target; ++s) {
@@ -348,6 +358,7 @@ class Backward {
   BackwardMemory<T> memory_;
   int64_t reduction_to_[kPointwiseJobs];
   int64_t taps_used_ = 0;
+  int target_ = kStates - 1;  // the node at hand
   AddChunks<P> added_;
 };
 

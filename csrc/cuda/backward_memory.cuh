@@ -22,7 +22,7 @@ struct BackwardMemory {
   uint8_t* largest[kSources];
   P* pool_gradient;
   P* between;                          // see ConvolutionGradient
-  T* seconds;                          // second convolutions of a node, once more
+  T* unkept;                           // convolutions of a node's edges that were not kept
   P* depthwise;
   P* coefficients;
   P* reduced;
@@ -53,7 +53,7 @@ struct BackwardMemory {
     }
     pool_gradient = arena.template take<P>(2 * plane);
     between = arena.template take<P>(2 * kSources * plane);
-    seconds = arena.template take<T>(g.seconds());
+    unkept = arena.template take<T>(g.unkept(kSources));
     depthwise = arena.template take<P>(4 * kSources * plane);
     coefficients = arena.template take<P>(kEdges * kConvolutions * 3 * mixed);
     reduced = arena.template take<P>(kReducing * 3 * mixed);

@@ -68,13 +68,12 @@ NAS_DEVICE void add_passed_back(const Collect<T>& call, int64_t p, int channel, 
   }
 }
 
-// The gradient of V channels of a node as they are after the shuffle. The edges that leave it mix all
-// of them or none.
+// Adds what the edges that leave a node send back to V of its channels, as they are after the
+// shuffle. The edges mix all of them or none.
 template <int V, typename T>
-NAS_DEVICE void collect_channels(const Collect<T>& call, int64_t p, int channel, Sum<T> (&to)[V]) {
+NAS_DEVICE void add_sent_back(const Collect<T>& call, int64_t p, int channel, Sum<T> (&to)[V]) {
   const Geometry& g = call.g;
   const int mixed = g.channels();
-  load<V>(call.output_gradient + (p * kNodes + call.s - 2) * g.shape.channels + channel, to);
   if (call.s == kSources) return;
   if (channel >= mixed) return add_passed_back(call, p, channel, to);
   Sum<T> more[V];
@@ -93,6 +92,7 @@ template <typename T, int V, int G>
 NAS_KERNEL_OF(T)
     collect_node(const __grid_constant__ Collect<T> call) {
   using A = Sum<T>;
+  constexpr int kRead = kShuffled<T, V, G>;
   constexpr int kEach = kTogether<T, V, G> / G;  // of a group
   const Geometry& g = call.g;
   const int mixed = g.channels(), passing = int(g.shape.channels) - mixed;
@@ -107,8 +107,14 @@ NAS_KERNEL_OF(T)
                             : call.to_rest + p * passing + before - mixed;
     };
     A sum[kTogether<T, V, G> / V][V];
+    NAS_UNROLL for (int n = 0; n < kTogether<T, V, G>; n += kRead) {
+      A values[kRead];
+      load<kRead>(call.output_gradient + (p * kNodes + call.s - 2) * g.shape.channels + first + n,
+                  values);
+      NAS_UNROLL for (int j = 0; j < kRead; ++j) sum[(n + j) / V][(n + j) % V] = values[j];
+    }
     NAS_UNROLL for (int piece = 0; piece < kTogether<T, V, G> / V; ++piece) {
-      collect_channels(call, p, first + piece * V, sum[piece]);
+      add_sent_back(call, p, first + piece * V, sum[piece]);
     }
     if (G == 1 && partial > 1) {
       NAS_UNROLL for (int v = 0; v < V; ++v) {
@@ -264,6 +270,7 @@ template <typename T, int V>
 NAS_KERNEL_OF(T)
     pointwise_back(const __grid_constant__ PointwiseBack<T> call) {
   using A = Sum<T>;
+  constexpr int kHalf = V > 1 ? V / 2 : 1;
   const int number = int(blockIdx.y);
   const Pointwise<T>& job = call.job[number];
   A *in, *back, *out, *staged;
@@ -283,9 +290,12 @@ NAS_KERNEL_OF(T)
       const int64_t start = index * call.rows;
       const int count = int(smaller<int64_t>(call.rows, call.pixels - start));
       __syncthreads();
-      if (columns % V == 0 && first % V == 0) {
+      const auto fits = [&](int width) { return columns % width == 0 && first % width == 0; };
+      if (fits(V)) {
         load_gradients<V>(call, number, first, columns, start, count, out, out_pitch);
-      } else {  // half of the outputs
+      } else if (fits(kHalf)) {  // half of the outputs
+        load_gradients<kHalf>(call, number, first, columns, start, count, out, out_pitch);
+      } else {
         load_gradients<1>(call, number, first, columns, start, count, out, out_pitch);
       }
       job.template load_rows<V>(half, start, call.rows, count, in, in_pitch);

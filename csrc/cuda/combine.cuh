@@ -50,10 +50,13 @@ NAS_DEVICE void bypassing(const Geometry& g, Plane<const T> state, int s, const 
 
 // The K groups of a node's channels, each as many as are mixed, are shuffled (PC-DARTS, section
 // 3.2): channel j of group k, the mixed ones being group 0, goes to j K + k. V channels each of all
-// groups are so V K that lie together, and a thread that has them accesses V at once before and
-// after. That is compiled for no groups but one, and for four, the paper's; where there are others,
-// a thread takes one group, and numbers go one by one after the shuffle. G is how many it takes.
+// groups are so V K that lie together, and a thread that has them accesses V at once before and 16
+// bytes after. That is compiled for no groups but one, and for four, the paper's; where there are
+// others, a thread takes one group, and numbers go one by one after the shuffle. G is how many it
+// takes.
 constexpr int kPaperGroups = 4;
+template <typename T, int V, int G>
+constexpr int kShuffled = G > 1 ? kWide<T> : V;  // at once, after the shuffle
 
 // Calls f with G as a constant.
 template <int V, typename F>
@@ -72,13 +75,13 @@ NAS_DEVICE void store_shuffled(T* pixel, int partial, int group, int channel,
     NAS_UNROLL for (int v = 0; v < V; ++v) store(pixel + (channel + v) * partial + group, x[0][v]);
     return;
   }
-  NAS_UNROLL for (int piece = 0; piece < G; ++piece) {
-    Sum<T> together[V];
-    NAS_UNROLL for (int v = 0; v < V; ++v) {
-      const int i = piece * V + v;
-      together[v] = x[i % G][i / G];
+  constexpr int kEach = kShuffled<T, V, G>;
+  NAS_UNROLL for (int first = 0; first < G * V; first += kEach) {
+    Sum<T> together[kEach];
+    NAS_UNROLL for (int j = 0; j < kEach; ++j) {
+      together[j] = x[(first + j) % G][(first + j) / G];
     }
-    store<V>(pixel + channel * G + piece * V, together);
+    store<kEach>(pixel + channel * G + first, together);
   }
 }
 

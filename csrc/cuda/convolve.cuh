@@ -42,22 +42,26 @@ template <typename T>
 struct Inputs {
   Geometry g;
   const T *states, *output;   // see cell.h
-  const T *kept, *seconds;    // planes of first convolutions, and of second ones of one node
+  const T *kept, *unkept;     // planes of convolutions
+  int first;                  // edge whose dilated ones are in `unkept`
   const Sum<T>*mean, *reciprocal_deviation;
   const Sum<T>* weights;
 
-  NAS_DEVICE Plane<const T> plane(int edge, int convolution) const {
-    return {is_second(convolution) ? seconds + g.second_convolution(edge, convolution)
-                                   : kept + g.first_convolution(edge, convolution),
-            g.channels()};
+  NAS_BOTH Plane<const T> plane(int edge, int convolution) const {
+    return {place(kept, unkept, edge, convolution), g.channels()};
+  }
+  template <typename At>
+  NAS_BOTH At* place(At* kept, At* unkept, int edge, int convolution) const {
+    return g.keeps(convolution) ? kept + g.kept_convolution(edge, convolution)
+                                : unkept + g.unkept_convolution(edge, convolution, first);
   }
   // Calls f(reader) with what gives the input of a convolution.
   template <typename F>
   NAS_DEVICE void with_input(int edge, int convolution, F&& f) const {
-    if (is_second(convolution)) {
+    if (is_second(convolution)) {  // the one before it was kept
       const int64_t at = g.shape.convolution_statistics(edge, convolution - 1);
-      f(NormalisedAndRectified<T>{plane(edge, convolution - 1), mean + at,
-                                  reciprocal_deviation + at});
+      f(NormalisedAndRectified<T>{{kept + g.kept_convolution(edge, convolution - 1), g.channels()},
+                                  mean + at, reciprocal_deviation + at});
     } else {
       f(OfState<T>{g.state(states, output, source_of(edge)), !is_pool(convolution)});
     }
@@ -127,7 +131,7 @@ struct Convolve {
   Tiling tiling;
   int64_t region;              // numbers of a group's largest
   int summed;                  // jobs of a block whose sums are in shared memory: all or none
-  T* to;                       // planes of first convolutions, or of second ones
+  T *kept, *unkept;            // planes of convolutions; null where the jobs have none of these
   T* pools[kSources];          // of a state: maximum, then average
   uint8_t* largest[kSources];  // where in its window a maximum is; null where nobody asks
   Sum<T>* moments;             // of each job, or null where nobody asks
@@ -265,8 +269,7 @@ class ConvolveBlock {
                      taps + first, channels_, memory_.depthwise + first, pitch);
     }
     const A* matrix = call_.in.weights + matrix_at(g, edge, convolution);
-    T* plane = call_.to + (is_second(convolution) ? g.second_convolution(edge, convolution)
-                                                  : g.first_convolution(edge, convolution));
+    T* plane = call_.in.place(call_.kept, call_.unkept, edge, convolution);
     product<T>(memory_.depthwise, pitch, t_.pixels(), channels_, channels_,
                [&](int k, int c) { return matrix[k * channels_ + c]; }, memory_.staged,
                output(tile, plane, job, 0, channels_));

@@ -65,6 +65,16 @@ inline Jobs second_convolutions(const bool (&live)[kEdges][kOperations], int tar
   }
   return jobs;
 }
+// And the dilated ones.
+inline void add_dilated(const bool (&live)[kEdges][kOperations], int target, Jobs& jobs) {
+  for (int s = 0; s < target; ++s) {
+    const int edge = edge_of(s, target);
+    for (const int c : {kDilated3, kDilated5}) {
+      if (live[edge][operation_of(c)]) jobs.add(edge, c);
+    }
+    jobs.close();
+  }
+}
 // The first convolutions of an edge.
 inline void add_first(const bool (&live)[kEdges][kOperations], int edge, Jobs& jobs) {
   for (const int c : {kSep3A, kSep5A, kDilated3, kDilated5}) {
@@ -91,6 +101,18 @@ inline Jobs leaving(const bool (&live)[kEdges][kOperations], int first, int last
   return jobs;
 }
 
+// Calls f with how many channels of those that are not cut into mixed and passing ones are read at
+// once, as a constant: V, or 16 bytes where the mixed ones are less.
+template <typename T, int V, typename F>
+void with_whole(const CellShape& shape, const F& f) {
+  if constexpr (V > 1 && V < kWide<T>) {
+    const bool wide = shape.channels % kWide<T> == 0 && shape.before_channels % kWide<T> == 0 &&
+                      shape.previous_channels % kWide<T> == 0;
+    if (wide) return f(std::integral_constant<int, kWide<T>>());
+  }
+  f(std::integral_constant<int, V>());
+}
+
 template <typename T, int V>
 class Forward {
  public:
@@ -99,7 +121,7 @@ class Forward {
   Forward(const CellForward<T, P>& call, void* workspace, Stream stream)
       : call_(call), g_{call.shape}, stream_(stream), arena_(workspace) {
     kept_ = call.kept ? call.kept : arena_.template take<T>(g_.kept());
-    seconds_ = arena_.template take<T>(g_.seconds());
+    unkept_ = arena_.template take<T>(g_.unkept(kEdges));
     for (auto& pooled : pools_) pooled = arena_.template take<T>(2 * g_.plane());
     // no launch has more groups than Jobs::kMost, or more blocks than that and kBlocks
     const int64_t blocks = kBlocks + Jobs::kMost;
@@ -118,9 +140,9 @@ class Forward {
     preprocess();
     for (int target = 2; target < kStates; ++target) {
       const int first = target == 2 ? 0 : target - 1;  // states that have just been made
-      convolve_all(leaving(call_.live, first, target), kept_);
+      convolve_all(leaving(call_.live, first, target));
       reductions(target);
-      convolve_all(second_convolutions(call_.live, target), seconds_);
+      convolve_all(second_convolutions(call_.live, target));
       make_node(target);
     }
   }
@@ -130,8 +152,8 @@ class Forward {
   const bool* live(int edge) const { return call_.live[edge]; }
   P* moments() const { return call_.training ? moments_ : nullptr; }
   Inputs<T> inputs() const {
-    return {g_,      call_.states, call_.output, kept_,
-            seconds_, call_.mean,   call_.reciprocal_deviation, call_.weights};
+    return {g_, call_.states, call_.output, kept_, unkept_,
+            0,  call_.mean,   call_.reciprocal_deviation, call_.weights};
   }
 
   void settle(const Settles& settles) {
@@ -143,6 +165,8 @@ class Forward {
            settles, (const P*)moments_, call_.mean, call_.reciprocal_deviation, call_.variance);
   }
 
+  // kWidth channels at a time.
+  template <int kWidth>
   void run_pointwise(PointwiseForward<T>& work, const int64_t* statistics) {
     if (!work.count) return;
     P *in, *out, *staged;
@@ -155,12 +179,12 @@ class Forward {
     work.rows = pointwise_rows(inputs, outputs);
     work.moments = moments();
     int64_t bytes;
-    while ((bytes = work.take(Arena(nullptr), V, &in, &out, &staged, &sums)) > kSharedBytes) {
+    while ((bytes = work.take(Arena(nullptr), kWidth, &in, &out, &staged, &sums)) > kSharedBytes) {
       if (work.rows == 1) throw std::invalid_argument("a cell has too many channels for a GPU");
       work.rows /= 2;
     }
     const int chunks = chunks_for(divide_up(work.pixels, work.rows), work.count);
-    launch(pointwise<T, V>, {unsigned(chunks), unsigned(work.count), 1}, bytes, stream_, work);
+    launch(pointwise<T, kWidth>, {unsigned(chunks), unsigned(work.count), 1}, bytes, stream_, work);
     Settles settles;
     for (int i = 0; i < work.count; ++i) {
       const int channels = work.job[i].outputs;
@@ -180,14 +204,17 @@ class Forward {
       statistics[which] = shape().preprocess_statistics(which);
     }
     work.count = 2;
-    run_pointwise(work, statistics);
-    launch(normalise_states<T, V>, {blocks_for(g_.input_pixels() * shape().channels / V), 2, 1}, 0,
-           stream_, g_, call_.states, (const P*)call_.mean, (const P*)call_.reciprocal_deviation);
+    with_whole<T, V>(shape(), [&](auto whole) {
+      this->template run_pointwise<whole()>(work, statistics);
+      launch(normalise_states<T, whole()>,
+             {blocks_for(g_.input_pixels() * shape().channels / whole()), 2, 1}, 0, stream_, g_,
+             call_.states, (const P*)call_.mean, (const P*)call_.reciprocal_deviation);
+    });
   }
 
-  void convolve_all(const Jobs& jobs, T* to) {
+  void convolve_all(const Jobs& jobs) {
     if (!jobs.count) return;
-    Convolve<T> work{inputs(), jobs, {}, {}, 0, 0, to, {}, {}, moments()};
+    Convolve<T> work{inputs(), jobs, {}, {}, 0, 0, kept_, unkept_, {}, {}, moments()};
     for (int s = 0; s < kSources; ++s) work.pools[s] = pools_[s];
     const int chunks = run_convolve<V>(work, stream_);
     Settles settles;
@@ -214,7 +241,7 @@ class Forward {
       work.to[work.count] = kept_ + g_.reduced(slot);
       statistics[work.count++] = shape().reduce_statistics(slot);
     }
-    run_pointwise(work, statistics);
+    run_pointwise<V>(work, statistics);
   }
 
   void make_node(int target) {
@@ -263,7 +290,7 @@ class Forward {
   Geometry g_;
   Stream stream_;
   Arena arena_;
-  T *kept_, *seconds_;
+  T *kept_, *unkept_;
   T* pools_[kSources];
   P* moments_;
 };

@@ -28,6 +28,14 @@ struct Place {
 
 constexpr int kFirst = 4;  // of an edge's convolutions read its state
 
+// With no more mixed channels than these, planes are large and products cheap: dilated convolutions
+// are not kept for the backward pass (csrc/cpu/edge.h, Kept, has the same rule).
+#if defined(NAS_EMULATION)
+inline int kFewChannels = 16;  // tests change it
+#else
+constexpr int kFewChannels = 16;
+#endif
+
 struct Geometry {
   CellShape shape;
 
@@ -50,16 +58,21 @@ struct Geometry {
     if (s < 2) return {states + s * input_pixels() * shape.channels, shape.channels};
     return {output + (s - 2) * shape.channels, kNodes * shape.channels};
   }
-  // Planes that a forward pass keeps: convolutions before their normalisation, but for the second
-  // ones of an edge.
-  NAS_BOTH int64_t first_convolution(int edge, int which) const {
-    return (edge * kFirst + (which < kDilated3 ? which / 2 : which - 2)) * plane();
+  // Planes that a forward pass keeps: convolutions before their normalisation, of each edge the
+  // first ones of the separable operations and, with more than a few channels, the dilated ones.
+  NAS_BOTH bool keeps(int convolution) const;
+  NAS_BOTH int of_edge() const { return channels() > kFewChannels ? kFirst : 2; }
+  NAS_BOTH int64_t kept_convolution(int edge, int which) const {
+    return (edge * of_edge() + (which < kDilated3 ? which / 2 : which - 2)) * plane();
   }
-  NAS_BOTH int64_t reduced(int slot) const { return (kEdges * kFirst + slot) * plane(); }
+  NAS_BOTH int64_t reduced(int slot) const { return (kEdges * of_edge() + slot) * plane(); }
   NAS_BOTH int64_t kept() const { return reduced(shape.reduction ? kReducing : 0); }
-  // Planes of the second ones of the edges into one node, which either pass computes for itself.
-  NAS_BOTH int64_t second_convolution(int edge, int which) const;
-  NAS_BOTH int64_t seconds() const { return 2 * kSources * plane(); }
+  // Planes of the others, which either pass computes for itself: second ones of the edges into one
+  // node, then dilated ones of `edges` edges from `first` on.
+  NAS_BOTH int64_t unkept_convolution(int edge, int which, int first) const;
+  NAS_BOTH int64_t unkept(int edges) const {
+    return 2 * (kSources + (keeps(kDilated3) ? 0 : edges)) * plane();
+  }
 };
 
 // The depthwise part of a convolution.
@@ -112,8 +125,12 @@ constexpr int kPooled = kConvolutions;
 NAS_BOTH bool is_pool(int convolution) { return convolution >= kPooled; }
 constexpr int kFromState = kNodes * kFirst + 2;  // convolutions and pools of an input of the cell
 
-NAS_BOTH int64_t Geometry::second_convolution(int edge, int which) const {
-  return (2 * source_of(edge) + which / 2) * plane();
+NAS_BOTH bool Geometry::keeps(int convolution) const {
+  return !is_second(convolution) && (convolution < kDilated3 || of_edge() == kFirst);
+}
+NAS_BOTH int64_t Geometry::unkept_convolution(int edge, int which, int first) const {
+  if (is_second(which)) return (2 * source_of(edge) + which / 2) * plane();
+  return (2 * (kSources + edge - first) + which - kDilated3) * plane();
 }
 
 // Convolutions and pools of one launch, those of one input together.

@@ -19,6 +19,7 @@ from nas.ops.mixed import EDGES, NODES, REDUCING, CellPlan, Statistics
 from nas.ops.stem import stem as eager_stem
 
 MOMENTUM = 0.1  # of the running statistics, torch's default
+FEW = 16  # mixed channels, with which fewer convolutions are kept
 LINE = 64  # numbers; each part of what a cell keeps begins on such a boundary (csrc/chain.h)
 
 
@@ -176,11 +177,11 @@ def _convolutions(images: int, pixels: int, channels: int, reduction: bool, lane
     """Numbers of the convolutions that a cell keeps (csrc/cpu/edge.h, Kept).
 
     ``lanes`` channels of an image lie together, or with fewer channels, those of several images
-    (csrc/cpu/layout.h, Layout). A GPU has no such lanes, 1, and does not keep the second ones of
-    the separable convolutions (csrc/cuda/geometry.h); a processor keeps the first ones of these
-    alone, or with more channels than lanes everything.
+    (csrc/cpu/layout.h, Layout); a GPU has no such lanes, 1. Up to 16 channels the first ones of the
+    separable convolutions are kept alone, with more on a processor everything, on a GPU all but the
+    second ones of these (csrc/cuda/geometry.h).
     """
-    each = 4 if lanes == 1 else 2 if channels <= lanes else 6
+    each = 2 if channels <= FEW else 4 if lanes == 1 else 6
     convolutions = each * len(EDGES) + (len(REDUCING) if reduction else 0)
     if channels >= lanes:
         return convolutions * images * pixels * lanes * -(-channels // lanes)

@@ -5,8 +5,8 @@
 // thread sanitizer, to which fibers are threads that only barriers and the end of a launch put in
 // order: a missing __syncthreads() and blocks that write to the same place are reported as races.
 // A shuffle orders nothing, for CUDA promises no more than what it gives. Shared memory is exactly
-// as large as the launch asked for and starts as NaN. Accesses to other memory are counted by their
-// bytes.
+// as large as the launch asked for and starts as NaN. Accesses of several numbers have to be aligned,
+// and those to other memory are counted by their bytes.
 //
 // A kernel may use what is declared here and nothing else. Slow, and no part of the package.
 
@@ -121,6 +121,7 @@ class Machine {
     }
     acquire(&end_);
     shared_memory_.clear();
+    if (misaligned_) throw std::runtime_error("an access of several numbers is not aligned");
   }
 
   EMULATION_QUIET const dim3& grid() const { return grid_; }
@@ -136,8 +137,10 @@ class Machine {
     acquire(&block_barrier_);
   }
 
-  // Notes that so many bytes are read or written at once.
+  // Notes that so many bytes are read or written at once, for which a GPU has to find them at a
+  // multiple of their number.
   EMULATION_QUIET void touches(const void* at, std::size_t bytes) {
+    misaligned_ |= reinterpret_cast<std::uintptr_t>(at) % bytes != 0;
     const auto* byte = static_cast<const char*>(at);
     if (byte < shared_ || byte >= shared_ + shared_bytes_) ++touched[bytes];
   }
@@ -292,7 +295,7 @@ class Machine {
   std::vector<std::unique_ptr<char[]>> shared_memory_;
   char end_ = 0;  // known by its address: where all threads of a launch have ended
   unsigned ended_ = 0;
-  bool moved_ = false;
+  bool moved_ = false, misaligned_ = false;
 };
 
 }  // namespace emulation

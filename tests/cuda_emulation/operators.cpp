@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "forward.cuh"
+#include "kernels.h"
 #include "../../csrc/stem_operators.h"
 #include "torch_device.h"
 
@@ -23,6 +24,9 @@ struct Emulated : TorchDevice<Emulated> {
 
 // Pretends that a GPU is filled by so many blocks; returns how many it was before.
 int64_t set_blocks(int64_t blocks) { return std::exchange(kBlocks, int(blocks)); }
+
+// As if cells had few mixed channels up to so many; returns how many that were before.
+int64_t set_few(int64_t channels) { return std::exchange(kFewChannels, int(channels)); }
 
 // How often numbers of images were read or written 1, 2, 4, 8 and 16 bytes at once since this was
 // asked for last.
@@ -52,10 +56,27 @@ std::vector<int64_t> reads(int64_t images, int64_t size, int64_t channels, bool 
   return found;
 }
 
+// Bytes of the workspace of a cell in single precision, of square images, forward and backward.
+std::vector<int64_t> workspaces(int64_t images, int64_t size, int64_t before, int64_t previous,
+                                int64_t channels, int64_t partial, bool reduction,
+                                bool previous_reduction) {
+  const int64_t wide = previous_reduction ? 2 * size : size;
+  const CellShape shape{images,   size,     size,    wide,      wide, before,
+                        previous, channels, partial, reduction, previous_reduction};
+  float number = 0;
+  CellForward<float> forward{shape};
+  CellBackward<float> backward{shape};
+  forward.kept = backward.weights_gradient = &number;
+  return {workspace_bytes<float>(forward), workspace_bytes<float>(backward)};
+}
+
 TORCH_LIBRARY(nas_transfer_emulated, m) {
   m.def("reads(int images, int size, int channels, bool reduction) -> int[]", reads);
   m.def("touched() -> int[]", touched);
+  m.def("workspaces(int images, int size, int before, int previous, int channels, int partial, "
+        "bool reduction, bool previous_reduction) -> int[]", workspaces);
   m.def("set_blocks(int blocks) -> int", set_blocks);
+  m.def("set_few(int channels) -> int", set_few);
   m.def(kForwardSchema);
   m.def(kBackwardSchema);
   m.def(kStemSchema);

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.cuda_registers import HOT, Kernel, compile_kernels, main, parse, report
+from benchmarks.cuda_registers import (
+    HOT,
+    Kernel,
+    check_host,
+    compile_kernels,
+    main,
+    parse,
+    report,
+)
+from nas.errors import NativeError
 from nas.ops import toolchain
 
 REPORT = """
@@ -43,6 +54,27 @@ def test_the_log_of_a_build_is_read_and_spills_are_told(
     assert "| `dots<double, 4>` | 128 | 16 | 40 | 8 |" in table.read_text()
     log.write_text("ninja: no work to do.\n")
     assert main(arguments) == 1
+
+
+# nvcc accepts both; in the first, the host's own code ends the process where it calls `get`.
+HOST = """
+template <typename T> struct Number { T x; %s T get() const { return x; } };
+template <typename T> struct Call { T run() const { return Number<T>{1}.get(); } };
+int answer() { return Call<int>().run(); }
+"""
+
+
+@pytest.mark.parametrize(("where", "fine"), [("__device__", False), ("__host__ __device__", True)])
+def test_host_code_that_calls_the_device_is_found(tmp_path: Path, where: str, fine: bool) -> None:
+    home = toolchain.find_cuda_home()
+    if home is None:
+        pytest.skip("no nvcc here")
+    source = tmp_path / "host.cu"
+    source.write_text(HOST % f"{where} __forceinline__")
+    command = [str(home / "bin" / "nvcc"), "-c", str(source), "-o", str(tmp_path / "host.o")]
+    subprocess.run(command, check=True)
+    with nullcontext() if fine else pytest.raises(NativeError, match="calls a function of the dev"):
+        check_host(tmp_path / "host.o")
 
 
 # Every kind, and both architectures: all of either take a core a quarter of an hour, `make

@@ -25,12 +25,14 @@ FULL = CellPlan(6, 5, 8, 1, reduction=False, previous_reduction=False)
 PARTIAL = CellPlan(5, 6, 12, 2, reduction=True, previous_reduction=True)
 WIDE = CellPlan(8, 16, 16, 1, reduction=True, previous_reduction=True)  # 16 bytes at a time
 WIDE_PARTIAL = CellPlan(16, 8, 32, 4, reduction=False, previous_reduction=True)
+FIRST = CellPlan(16, 8, 16, 4, reduction=False, previous_reduction=False)  # of PC-DARTS
 PLANS = {
     "full": FULL,
     "partial": PARTIAL,
     "wide": WIDE,
     "wide-partial": WIDE_PARTIAL,
     "wide-partial-reduction": replace(WIDE_PARTIAL, reduction=True),
+    "first": FIRST,
 }
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 modes = pytest.mark.parametrize("training", [True, False])
@@ -180,89 +182,6 @@ def test_cuda_smallest_images(plan: CellPlan, size: tuple[int, int]) -> None:
         compare(draw_call(plan, images, size, missing=(1, 1), training=training, edges=True))
 
 
-def between_reads(images: Tensor) -> Tensor:
-    """A copy whose address does not allow reads of 16 bytes."""
-    count, channels, *size = images.shape
-    memory = torch.empty(images.numel() + 1, dtype=images.dtype)
-    copy = memory[1:].view(count, *size, channels).permute(0, 3, 1, 2)
-    copy.copy_(images)
-    assert copy.data_ptr() % 16 == images.element_size()
-    return copy
-
-
-def unaligned_cells(plans: Any, before: Tensor, previous: Tensor, *rest: Any) -> Tensor:
-    return emulated_cells.mixed_cells(plans, before, between_reads(previous), *rest)
-
-
-def test_cuda_images_may_begin_between_two_reads_of_16_bytes() -> None:
-    """The channels would allow such reads, the address does not."""
-    call = draw_call(WIDE, 3)
-    assert_close(run(unaligned_cells, call), run(mixed.mixed_cells, call))
-
-
-BYTES = (1, 2, 4, 8, 16)
-
-
-def touched() -> dict[int, int]:
-    """How often images were read or written since the last call, by the bytes of an access."""
-    counts = torch.ops.nas_transfer_emulated.touched()
-    return {size: count for size, count in zip(BYTES, counts, strict=True) if count}
-
-
-kinds = pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
-)
-
-
-def count_accesses(plan: CellPlan, dtype: torch.dtype) -> tuple[list[dict[int, int]], set[int]]:
-    """How often what is accessed at once, forward and backward, where addresses allow 16 bytes and
-    where they do not; and the bytes of single numbers. What both give has the same bits. (In
-    evaluation, since sums over a batch have another order then.)"""
-    call = draw_call(plan, 3, (6, 5), training=False, edges=plan.partial > 1)
-    call = replace(call, weights=0.2 * call.weights)  # nothing leaves the range of float16
-    call = narrowed(call, dtype) if dtype.itemsize == 2 else call.to(dtype)
-    touched()
-    found, counts = [], []
-    for twin in (emulated_cells.mixed_cells, unaligned_cells):
-        found.append(run(twin, call))
-        counts.append(touched())
-    for name in ("output", "before", "previous"):
-        assert torch.equal(found[0][name], found[1][name]), name
-    return counts, {dtype.itemsize, call.weights.itemsize}
-
-
-@kinds
-@pytest.mark.parametrize(
-    ("channels", "partial"),
-    [(8, 1), (16, 1), (24, 1), (40, 1), (136, 1), (32, 4), (64, 4), (96, 4), (160, 4)],
-)
-@pytest.mark.parametrize("reduction", [False, True])
-def test_cuda_reads_and_writes_16_bytes_at_once(
-    channels: int, partial: int, reduction: bool, dtype: torch.dtype
-) -> None:
-    """Forward and backward, in cells of DARTS and PC-DARTS; but not where half of the mixed
-    channels, which a reduction sends one way, are less."""
-    plan = CellPlan(8, 16, channels, partial, reduction=reduction, previous_reduction=reduction)
-    (wide, single), one_by_one = count_accesses(plan, dtype)
-    less = reduction and channels // partial // 2 * dtype.itemsize % 16 != 0
-    assert wide.keys() == ({16, *one_by_one} if less else {16})
-    assert single.keys() == one_by_one
-
-
-@kinds
-@pytest.mark.parametrize("partial", [2, 8])
-def test_cuda_other_parts_than_a_quarter_are_shuffled_one_by_one(
-    partial: int, dtype: torch.dtype
-) -> None:
-    """The nodes' channels after the shuffle forward, before it backward, and nothing else."""
-    plan = CellPlan(8, 16, 16 * partial, partial, reduction=False, previous_reduction=False)
-    (wide, single), one_by_one = count_accesses(plan, dtype)
-    assert wide.keys() == {16, *one_by_one}
-    nodes = 4 * 3 * 6 * 5 * plan.channels  # numbers of all
-    assert sum(count for size, count in wide.items() if size < 16) == 2 * nodes
-    assert single.keys() == one_by_one
-
-
 def test_cuda_without_a_backward_pass_keeps_nothing() -> None:
     call = draw_call(FULL, 3)
     quiet = run(emulated_cells.mixed_cells, call, needed=())
@@ -350,11 +269,8 @@ def test_cuda_single_precision_is_as_good_as_that_of_eager(plan: CellPlan, train
 
 @pytest.fixture
 def tf32() -> Iterator[None]:
-    """PyTorch's own switch, which products of matrices in single precision obey."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    with emulated_cells.on_tensor_cores():
+        yield
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -424,13 +340,6 @@ def test_cuda_tensor_cores_are_used_where_they_are_allowed(
     assert same_bits(run(emulated_cells.mixed_cells, call), rounded)
 
 
-def narrowed(call: Call, dtype: torch.dtype) -> Call:
-    """Images in ``dtype``, everything else in single precision."""
-    single = call.to(torch.float32)
-    images = {name: getattr(call, name).to(dtype) for name in ("before", "previous", "gradient")}
-    return replace(single, **images)
-
-
 # Roundings of 2^-9 and 2^-12 each, some ten in a row; near ties ReLU and pools choose differently,
 # which moves whole gradients.
 @pytest.mark.parametrize(
@@ -442,7 +351,7 @@ def test_cuda_half_precision_stays_within_its_rounding(
     plan: CellPlan, dtype: torch.dtype, tolerance: float, training: bool
 ) -> None:
     call = draw_call(plan, 4, (9, 8), training=training, edges=plan.partial > 1)
-    narrow = narrowed(call, dtype)
+    narrow = call.narrowed(dtype)
     ours = run(emulated_cells.mixed_cells, narrow)
     wide = narrow.to(torch.float64)
     exact = run(mixed.mixed_cells, wide)
@@ -512,31 +421,6 @@ def test_cuda_stem_stores_bfloat16() -> None:
     assert half["output"].dtype == torch.bfloat16
     for name, value in exact.items():
         assert (half[name].double() - value).norm() <= 1e-2 * value.norm(), name
-
-
-@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("inputs", "width", "outputs"), [(3, 32, 48), (1, 5, 8), (5, 3, 24)])
-def test_cuda_stem_reads_and_writes_16_bytes_at_once(
-    inputs: int, width: int, outputs: int, stored: torch.dtype
-) -> None:
-    """And gives the same bits as where the images' address does not allow it."""
-    dtype = torch.float64 if stored == torch.float64 else torch.float32
-    values = native_stems.draw(5, inputs, outputs, (7, width))
-    values = {name: x.to(dtype) for name, x in values.items()}
-
-    def unaligned(images: Tensor, *rest: Any) -> Tensor:
-        return emulated_cells.stem(between_reads(images), *rest)
-
-    touched()
-    wide, single = (
-        (native_stems.run(twin, values, training=False, stored=stored), touched())
-        for twin in (emulated_cells.stem, unaligned)
-    )
-    assert wide[1].keys() == {16}
-    assert single[1].keys() == {dtype.itemsize, stored.itemsize}
-    assert torch.equal(wide[0]["output"], single[0]["output"])
-    for name in ("weights", "mean", "variance"):
-        torch.testing.assert_close(wide[0][name], single[0][name])
 
 
 # ---- arguments ----
