@@ -34,7 +34,7 @@ FLAGS = (
 
 def build(folder: Path, extra: tuple[str, ...] = (), program: Path | None = None) -> Path:
     """The library for torch in ``folder``, or with ``program`` an executable without torch, which
-    has the kernels of single precision alone, with tensor cores and without.
+    has the kernels of single precision, with tensor cores and without, and of bfloat16 alone.
 
     Only what has changed since the last build is compiled, by one process at a time.
 
@@ -43,7 +43,7 @@ def build(folder: Path, extra: tuple[str, ...] = (), program: Path | None = None
         RuntimeError: the sources do not compile.
     """
     compiler, none = find_compiler(), Cuda(None, "emulated")
-    kinds = KINDS if program is None else ("float", "tf32")
+    kinds = KINDS if program is None else ("float", "tf32", "bfloat16")
     flags = (*FLAGS, *extra)
     sources = {SOURCES / f"cell_{kind}.cu": flags for kind in kinds}
     if program is None:

@@ -7,6 +7,7 @@
 
 #include "geometry.h"
 #include "kernels.h"
+#include "number.h"
 
 namespace {
 
@@ -28,10 +29,12 @@ void run(const Call& call) {
   nas::cuda::run<T>(call, workspace.data(), 0);
 }
 
-// Float or Tf32, of the same bits.
+// As images are stored.
 template <typename T>
-T* as(std::vector<float>& numbers) {
-  return reinterpret_cast<T*>(numbers.data());
+std::vector<T> draw_images(int64_t count) {
+  std::vector<T> images(static_cast<std::size_t>(count));
+  for (T& number : images) nas::cuda::narrow(draw(1, -1, 1)[0], number);
+  return images;
 }
 
 template <typename T>
@@ -46,30 +49,32 @@ void run_both(const CellShape& s, bool training, double share, bool gradients) {
   for (auto& edge : forward.live) {
     for (int k = 1; k < nas::kOperations; ++k) edge[k] = coin(engine);
   }
-  auto images = draw(before, -1, 1), others = draw(previous, -1, 1);
+  const auto images = draw_images<T>(before), others = draw_images<T>(previous);
   const auto weights = draw(s.weights(), -1, 1), mean = draw(s.statistics(), -1, 1);
   const auto variance = draw(s.statistics(), 0.5f, 1);
   const auto operations = draw(nas::kEdges * nas::kOperations, 0, 1);
   const auto bypass = draw(nas::kEdges, 0, 1);
-  auto gradient = draw(output, -1, 1);
+  const auto gradient = draw_images<T>(output);
+  const auto make_images = [](int64_t count) { return std::vector<T>(std::size_t(count)); };
   const auto make = [](int64_t count) { return std::vector<float>(std::size_t(count)); };
-  auto nodes = make(output), states = make(2 * s.images * s.height * s.width * s.channels);
+  auto nodes = make_images(output);
+  auto states = make_images(2 * s.images * s.height * s.width * s.channels);
   auto means = make(s.statistics()), scales = means, variances = means;
-  auto kept = make(nas::cuda::kept_numbers(s));
-  forward.before = as<T>(images);
-  forward.previous = as<T>(others);
+  auto kept = make_images(nas::cuda::kept_numbers(s));
+  forward.before = images.data();
+  forward.previous = others.data();
   forward.weights = weights.data();
   forward.running_mean = mean.data();
   forward.running_variance = variance.data();
   forward.operations = operations.data();
   forward.bypass = bypass.data();
-  forward.output = as<T>(nodes);
-  forward.states = as<T>(states);
+  forward.output = nodes.data();
+  forward.states = states.data();
   forward.mean = means.data();
   forward.reciprocal_deviation = scales.data();
   forward.variance = variances.data();
   run<T>(forward);
-  forward.kept = as<T>(kept);
+  forward.kept = kept.data();
   run<T>(forward);
 
   nas::CellBackward<T, float> backward{};
@@ -77,7 +82,8 @@ void run_both(const CellShape& s, bool training, double share, bool gradients) {
   backward.training = training;
   std::copy(&forward.live[0][0], &forward.live[0][0] + nas::kEdges * nas::kOperations,
             &backward.live[0][0]);
-  auto to_before = make(before), to_previous = make(previous), to_weights = make(s.weights());
+  auto to_before = make_images(before), to_previous = make_images(previous);
+  auto to_weights = make(s.weights());
   auto to_operations = make(nas::kEdges * nas::kOperations), to_bypass = make(nas::kEdges);
   backward.before = forward.before;
   backward.previous = forward.previous;
@@ -89,12 +95,12 @@ void run_both(const CellShape& s, bool training, double share, bool gradients) {
   backward.mean = forward.mean;
   backward.reciprocal_deviation = forward.reciprocal_deviation;
   backward.kept = forward.kept;
-  backward.output_gradient = as<T>(gradient);
+  backward.output_gradient = gradient.data();
   backward.operations_gradient = to_operations.data();
   backward.bypass_gradient = to_bypass.data();
   if (gradients) {
-    backward.before_gradient = as<T>(to_before);
-    backward.previous_gradient = as<T>(to_previous);
+    backward.before_gradient = to_before.data();
+    backward.previous_gradient = to_previous.data();
     backward.weights_gradient = to_weights.data();
   }
   run<T>(backward);
@@ -105,14 +111,16 @@ void run_stem(const nas::StemShape& s, bool training) {
   const int64_t pixels = s.images * s.pixels();
   const auto images = draw(pixels * s.inputs, -1, 1), weights = draw(s.weights(), -1, 1);
   const auto mean = draw(s.outputs, -1, 1), variance = draw(s.outputs, 0.5f, 1);
-  auto gradient = draw(pixels * s.outputs, -1, 1), output = gradient, convolution = gradient;
+  const auto gradient = draw_images<T>(pixels * s.outputs);
+  auto output = gradient;
+  auto convolution = draw(pixels * s.outputs, -1, 1);
   auto means = mean, scales = mean, variances = mean, to_weights = weights;
   run<T>(nas::StemForward<T, float>{s, training, images.data(), weights.data(), mean.data(),
-                                    variance.data(), as<T>(output), convolution.data(),
+                                    variance.data(), output.data(), convolution.data(),
                                     means.data(), scales.data(), variances.data()});
   run<T>(nas::StemBackward<T, float>{s, training, images.data(), weights.data(),
                                      convolution.data(), means.data(), scales.data(),
-                                     as<T>(gradient), to_weights.data()});
+                                     gradient.data(), to_weights.data()});
 }
 
 }  // namespace
@@ -133,6 +141,7 @@ int main() {
     nas::cuda::kBlocks = blocks[calls % 3];
     run_both<float>(shape, calls % 2 == 0, calls % 3 == 2 ? 0.3 : 1.0, calls % 4 != 3);
     run_both<nas::cuda::Tf32>(shape, calls % 2 == 0, calls % 3 == 2 ? 0.3 : 1.0, calls % 4 != 3);
+    run_both<nas::cuda::BFloat16>(shape, calls % 2 == 0, calls % 3 == 2 ? 0.3 : 1.0, calls % 4 != 3);
     ++calls;
   }
   const nas::StemShape stems[] = {{3, 7, 5, 3, 24}, {1, 1, 2, 1, 3}, {5, 16, 16, 2, 81}};
@@ -140,6 +149,7 @@ int main() {
     nas::cuda::kBlocks = blocks[calls % 3];
     run_stem<float>(shape, calls % 2 == 0);
     run_stem<nas::cuda::Tf32>(shape, calls % 2 == 0);
+    run_stem<nas::cuda::BFloat16>(shape, calls % 2 == 0);
     ++calls;
   }
   std::printf("%d calls of either direction\n", calls);
